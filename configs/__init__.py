@@ -1,0 +1,1 @@
+"""Experiment configurations; base.py documents every key."""

@@ -1,0 +1,82 @@
+"""How every command starts and fails: flags in, one clear line out."""
+
+from collections.abc import Callable, Sequence
+import sys
+import traceback
+
+from absl import app, flags, logging
+import ml_collections
+from ml_collections import config_flags
+
+from longnet_jax.training import config as config_lib
+from longnet_jax.training import report
+
+_OURS = ("configs", "experiments", "longnet_jax")
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+  """Runs `main`; a refused input is one line on stderr and exit code 1.
+
+  An error that is not about the input keeps its traceback.
+  """
+
+  def guarded(arguments):
+    # What goes wrong in a library's threads is raised here too, and said once.
+    logging.set_verbosity(logging.FATAL)
+    try:
+      return main(arguments)
+    except (ValueError, OSError, report.DivergedError) as error:
+      if not is_refusal(error):
+        raise
+      fail(error)
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr)
+      sys.exit(130)
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def fail(error: Exception) -> None:
+  """Prints an error in one line and exits."""
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  sys.exit(1)
+
+
+def is_refusal(error: Exception) -> bool:
+  """Whether an error is ours to say or the system's, not a library's."""
+  if not isinstance(error, ValueError):
+    return True
+  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+  return frame.f_globals.get("__name__", "").partition(".")[0] in _OURS or (
+    frame.f_globals.get("__name__") == "__main__"
+  )
+
+
+def _parse(arguments: Sequence[str]) -> list[str]:
+  """Parses flags; a config key that does not exist names its nearest."""
+  try:
+    return flags.FLAGS(arguments)
+  except flags.Error as error:
+    fail(error)
+  except (AttributeError, KeyError) as error:
+    keys = [a.lstrip("-").partition("=")[0] for a in arguments]
+    known = list(config_lib.flatten(_default().to_dict(), "config."))
+    for key in keys:
+      if key.startswith("config.") and key not in known:
+        fail(ValueError(config_lib.unknown_key(key, known)))
+    fail(error)
+  except (FileNotFoundError, ImportError, SyntaxError, TypeError) as error:
+    fail(ValueError(f"cannot load the config: {error}"))
+
+
+def _default() -> ml_collections.ConfigDict:
+  from configs import base
+
+  return base.get_config()
+
+
+def define_config(default: str | None = None) -> flags.FlagHolder:
+  """The flag --config=FILE with --config.KEY=VALUE to change settings."""
+  return config_flags.DEFINE_config_file(
+    "config", default, "settings of the experiment, a file in configs/"
+  )

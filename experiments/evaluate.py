@@ -1,0 +1,102 @@
+"""Evaluates trained models: python -m experiments.evaluate --workdir=DIR.
+
+Prints perplexity and bits per byte at each context length and by position
+inside the longest, and writes evaluation.json and evaluation.png into the
+workdir. With --compare=DIR2,DIR3 these are evaluated on the same text and
+drawn into the same picture, and loss_compare.png shows their training.
+"""
+
+import pathlib
+
+from absl import flags
+
+from experiments import command
+from longnet_jax import evaluate
+from longnet_jax.data import config as data_config
+from longnet_jax.data import tokenizers
+from longnet_jax.training import checkpoint, curves
+from longnet_jax.training import workdir as workdir_lib
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
+_COMPARE = flags.DEFINE_list("compare", [], "workdirs to set beside it")
+_LENGTHS = flags.DEFINE_list(
+  "lengths", [], "context lengths in tokens; the trained window by default"
+)
+_SPLIT = flags.DEFINE_enum(
+  "split", "test", data_config.SPLITS, "which documents to read"
+)
+_MAX_TOKENS = flags.DEFINE_integer(
+  "max_tokens", 1_000_000, "tokens of the split to read, spread evenly"
+)
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", "latest", "latest, best (by validation) or a step"
+)
+
+
+def main(_) -> None:
+  """Evaluates the workdir, and those to compare it with."""
+  if _WORKDIR.value is None:
+    raise ValueError("--workdir is missing; give the folder of a training run")
+  lengths = [_length(text) for text in _LENGTHS.value]
+  workdirs = [pathlib.Path(d) for d in (_WORKDIR.value, *_COMPARE.value)]
+  labels = _labels(workdirs)
+  records = {}
+  for label, workdir in zip(labels, workdirs, strict=True):
+    records[label] = evaluate_workdir(workdir, lengths)
+  picture = workdirs[0] / "evaluation.png"
+  evaluate.draw(records, picture)
+  print(f"wrote {picture}")
+  if _COMPARE.value:
+    picture = workdirs[0] / "loss_compare.png"
+    curves.draw_losses(dict(zip(labels, workdirs, strict=True)), picture)
+    print(f"wrote {picture}")
+
+
+def evaluate_workdir(workdir: pathlib.Path, lengths: list[int]) -> dict:
+  """Prints one workdir's table and writes its JSON, which it returns."""
+  with checkpoint.open_to_read(workdir) as checkpoints:
+    step = checkpoints.find(_which(_CHECKPOINT.value))
+  model, params = checkpoint.load_checkpoint(workdir, step=step)
+  config = workdir_lib.read_config(workdir)
+  result = evaluate.evaluate(
+    model,
+    params,
+    config.data,
+    tokenizers.load(workdir_lib.tokenizer_path(workdir)),
+    lengths or [config.data.window],
+    split=_SPLIT.value,
+    max_tokens=_MAX_TOKENS.value,
+  )
+  print(f"{workdir}: {model.attention}, step {step}, {result.split} split")
+  print(evaluate.table(result), flush=True)
+  return evaluate.write(
+    result,
+    workdir / "evaluation.json",
+    step=step,
+    attention=model.attention,
+    trained_window=config.data.window,
+  )
+
+
+def _length(text: str) -> int:
+  if not text.strip().isdigit() or int(text) < 1:
+    raise ValueError(f"--lengths has {text!r}; use whole numbers such as 2048")
+  return int(text)
+
+
+def _which(text: str) -> int | str:
+  if text.isdigit():
+    return int(text)
+  if text not in ("latest", "best"):
+    raise ValueError(f"--checkpoint is {text!r}; use latest, best or a step")
+  return text
+
+
+def _labels(workdirs: list[pathlib.Path]) -> list[str]:
+  """Folder names, or whole paths where the names are the same."""
+  names = [workdir.resolve().name for workdir in workdirs]
+  return names if len(set(names)) == len(names) else list(map(str, workdirs))
+
+
+if __name__ == "__main__":
+  command.run(main)

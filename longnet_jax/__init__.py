@@ -1,0 +1,50 @@
+"""LongNet in JAX: dilated attention for sequences of up to a billion tokens.
+
+The package is a stack; each layer imports only from those above it:
+
+  ops         mathematics of attention, positions and dilation
+  parallel    meshes, sharding rules, sequence parallelism
+  models      the LongNet decoder and encoders
+  data        real code as tokens, in batches that depend on the step alone
+  training    loss, optimizer, step, checkpoints, metrics
+  interop     weights of torchscale and Prov-GigaPath
+  analysis    FLOPs, reach and pictures of an attention pattern
+  evaluate, sampling, plan    what a trained model is for
+
+Shapes are written with one letter an axis: B batch, T positions, N query heads,
+K key/value heads, H head width, D model width, F feed-forward width, V
+vocabulary. Source: Ding et al., arXiv 2307.02486.
+"""
+
+import importlib
+
+_PUBLIC = {
+    "LongNetConfig": "models.config",
+    "LongNetEncoder": "models.transformer",
+    "LongNetLM": "models.transformer",
+    "SlideEncoder": "models.slide_encoder",
+    "attention_fn": "ops.drop_in",
+    "decode_step": "sampling",
+    "dilated_attention": "ops.dilated_attention",
+    "generate": "sampling",
+    "load_checkpoint": "training.checkpoint",
+    "prefill": "sampling",
+    "sequence_parallel_attention": "parallel.sequence",
+}
+_SUBPACKAGES = ("analysis", "interop")
+
+__all__ = [*_PUBLIC, *_SUBPACKAGES]
+
+
+def __getattr__(name):
+  """Imports a public name on first use, so that `import longnet_jax` is light."""
+  if name in _PUBLIC:
+    module = importlib.import_module(f"{__name__}.{_PUBLIC[name]}")
+    return getattr(module, name)
+  if name in _SUBPACKAGES:
+    return importlib.import_module(f"{__name__}.{name}")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+  return sorted([*globals(), *__all__])

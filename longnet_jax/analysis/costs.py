@@ -1,0 +1,154 @@
+"""Exact FLOPs and bytes of a setting, from closed forms at any length."""
+
+import dataclasses
+
+from longnet_jax.analysis import pattern as pattern_lib
+
+_LSE_BYTES = 4  # the logsumexp is float32 whatever the compute type
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What one attention layer costs for one sequence, all heads together.
+
+  Attributes:
+    pairs: (query, key) pairs scored, over all branches and heads.
+    forward_flops: 4 d a pair: the scores and the weighted sum of values.
+    backward_flops: 10 d a pair: the scores again, dV, dP, dQ and dK.
+    forward_bytes: every branch reads its rows of q, k, v once and writes its
+      rows of out and logsumexp once. A lower bound: keys that do not stay on
+      the chip are read again.
+    backward_bytes: the same for reading q, k, v, dO, logsumexp and
+      rowsum(dO * O), and writing dq, dk, dv.
+    saved_bytes: q, k, v, out, logsumexp, held from forward to backward.
+    cache_bytes: keys and values that decoding holds, see `decode_cache_bytes`.
+  """
+
+  pairs: int
+  forward_flops: int
+  backward_flops: int
+  forward_bytes: int
+  backward_bytes: int
+  saved_bytes: int
+  cache_bytes: int
+
+
+def count_pairs(pattern: pattern_lib.Pattern, branch: int, head: int) -> int:
+  """Returns the (query, key) pairs that one head scores in one branch."""
+  width, rate = pattern.branches[branch]
+  offset = pattern_lib.phase(pattern, rate, head)
+  total = 0
+  for rows, how_many in pattern_lib.segments(pattern.length, width):
+    kept = pattern_lib.kept_per_segment(rows, rate, offset)
+    pairs = kept * (kept + 1) // 2 if pattern.is_causal else kept * kept
+    total += how_many * pairs
+  return total
+
+
+def count_rows(pattern: pattern_lib.Pattern, branch: int, offset: int) -> int:
+  """Returns the positions of one phase in one branch."""
+  width, rate = pattern.branches[branch]
+  return sum(
+    how_many * pattern_lib.kept_per_segment(rows, rate, offset)
+    for rows, how_many in pattern_lib.segments(pattern.length, width)
+  )
+
+
+def cost(
+  pattern: pattern_lib.Pattern,
+  *,
+  head_dim: int = 64,
+  num_kv_heads: int | None = None,
+  itemsize: int = 2,
+) -> Cost:
+  """Returns what one attention layer costs; of `dense(pattern)`: dense's cost.
+
+  Args:
+    pattern: the setting.
+    head_dim: width of a head, d.
+    num_kv_heads: key/value heads, a divisor of the query heads (None: as many).
+    itemsize: bytes of a number in q, k, v, out and the cache.
+
+  Raises:
+    ValueError: a size is below 1 or num_kv_heads does not divide num_heads.
+  """
+  num_kv_heads = _checked_kv_heads(pattern, num_kv_heads, head_dim, itemsize)
+  heads = range(pattern.num_heads)
+  branches = range(len(pattern.branches))
+  pairs = sum(count_pairs(pattern, b, h) for b in branches for h in heads)
+  query_rows = sum(
+    count_rows(pattern, b, pattern_lib.phase(pattern, r, h))
+    for b, (_, r) in enumerate(pattern.branches)
+    for h in heads
+  )
+  key_rows = sum(
+    count_rows(pattern, b, offset)
+    for b, (_, r) in enumerate(pattern.branches)
+    for _, offset in _streams(pattern, r, num_kv_heads)
+  )
+  row, n = head_dim * itemsize, pattern.length
+  return Cost(
+    pairs=pairs,
+    forward_flops=4 * head_dim * pairs,
+    backward_flops=10 * head_dim * pairs,
+    forward_bytes=query_rows * (2 * row + _LSE_BYTES) + key_rows * 2 * row,
+    backward_bytes=query_rows * (3 * row + 2 * _LSE_BYTES) + key_rows * 4 * row,
+    saved_bytes=n * (2 * pattern.num_heads + 2 * num_kv_heads) * row
+    + n * pattern.num_heads * _LSE_BYTES,
+    cache_bytes=decode_cache_bytes(
+      pattern,
+      head_dim=head_dim,
+      num_kv_heads=num_kv_heads,
+      itemsize=itemsize,
+    ),
+  )
+
+
+def decode_cache_bytes(
+  pattern: pattern_lib.Pattern,
+  *,
+  head_dim: int = 64,
+  num_kv_heads: int | None = None,
+  itemsize: int = 2,
+) -> int:
+  """Returns the bytes of keys and values that decoding one sequence holds.
+
+  A branch needs only the kept rows of the current segment: for each head a
+  ring of ceil(w / r) rows, so that, without grouped-query attention,
+
+    bytes = sum_i ceil(min(w_i, N) / r_i) * H * d * 2 * itemsize
+
+  and heads that share a key/value head and a phase share a ring. Constant in N
+  once N exceeds every w; of `dense(pattern)`: N rows a key/value head.
+  """
+  num_kv_heads = _checked_kv_heads(pattern, num_kv_heads, head_dim, itemsize)
+  rows = sum(
+    -(-min(w, pattern.length) // r) * len(_streams(pattern, r, num_kv_heads))
+    for w, r in pattern.branches
+  )
+  return rows * 2 * head_dim * itemsize
+
+
+def _streams(pattern, rate, num_kv_heads):
+  """Returns the distinct (key/value head, phase) that a branch reads."""
+  group = pattern.num_heads // num_kv_heads
+  return {
+    (head // group, pattern_lib.phase(pattern, rate, head))
+    for head in range(pattern.num_heads)
+  }
+
+
+def _checked_kv_heads(pattern, num_kv_heads, head_dim, itemsize):
+  """Returns the number of key/value heads, or refuses the sizes."""
+  if min(head_dim, itemsize) < 1:
+    raise ValueError(
+      f"head_dim is {head_dim} and itemsize {itemsize}: both must be 1 or more"
+    )
+  if num_kv_heads is None:
+    return pattern.num_heads
+  if num_kv_heads < 1 or pattern.num_heads % num_kv_heads:
+    raise ValueError(
+      f"num_kv_heads is {num_kv_heads}: must divide num_heads "
+      f"{pattern.num_heads}"
+    )
+  return num_kv_heads

@@ -1,0 +1,178 @@
+"""Which positions each branch and head of dilated attention reads.
+
+Everything else in `longnet_jax.analysis` is counted from these definitions
+(arXiv 2307.02486, equations 4-6 and section 2.3).
+"""
+
+import dataclasses
+
+import numpy as np
+
+HEAD_PHASES = ("interleaved", "blocked")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+  """One setting of dilated attention over one sequence.
+
+  Attributes:
+    length: positions in the sequence, N.
+    num_heads: query heads, H.
+    segment_lengths: w of every branch; a w above the length is one segment.
+    dilation_rates: r of every branch.
+    is_causal: whether a query reads only keys at or before itself.
+    head_phase: "interleaved" (head j keeps j mod r) or "blocked"
+      (j // ceil(H / r)).
+  """
+
+  length: int
+  num_heads: int
+  segment_lengths: tuple[int, ...]
+  dilation_rates: tuple[int, ...]
+  _: dataclasses.KW_ONLY
+  is_causal: bool = True
+  head_phase: str = "interleaved"
+
+  def __post_init__(self):
+    for name in ("segment_lengths", "dilation_rates"):
+      object.__setattr__(self, name, tuple(getattr(self, name)))
+    lengths, rates = self.segment_lengths, self.dilation_rates
+    if not lengths:
+      raise ValueError("segment_lengths is empty: give at least one branch")
+    if len(lengths) != len(rates):
+      raise ValueError(
+        f"dilation_rates has {len(rates)} entries, segment_lengths "
+        f"{len(lengths)}: give one of each for every branch"
+      )
+    for name in ("segment_lengths", "dilation_rates", "length", "num_heads"):
+      if np.min(getattr(self, name)) < 1:
+        raise ValueError(f"{name} is {getattr(self, name)}: must be 1 or more")
+    if self.head_phase not in HEAD_PHASES:
+      raise ValueError(
+        f"head_phase is {self.head_phase!r}: choose one of {HEAD_PHASES}"
+      )
+
+  @property
+  def branches(self) -> tuple[tuple[int, int], ...]:
+    """(segment length, dilation rate) of every branch."""
+    return tuple(zip(self.segment_lengths, self.dilation_rates, strict=True))
+
+  @property
+  def num_pairs(self) -> int:
+    """(Query, key) pairs that dense attention would score for one head."""
+    n = self.length
+    return n * (n + 1) // 2 if self.is_causal else n * n
+
+
+def dense(pattern: Pattern) -> Pattern:
+  """Returns the setting that reads every pair: one segment, no dilation."""
+  return dataclasses.replace(
+    pattern, segment_lengths=(pattern.length,), dilation_rates=(1,)
+  )
+
+
+def from_config(config, length: int, *, is_causal: bool = True) -> Pattern:
+  """Returns the pattern of a model's configuration at one length.
+
+  Args:
+    config: a `LongNetConfig`, dilated or dense.
+    length: positions in the sequence.
+    is_causal: True for the decoder, False for an encoder.
+  """
+  if config.attention == "sparse":
+    raise ValueError(
+      "attention is 'sparse': only 'dilated' and 'dense' have branches"
+    )
+  is_dense = config.attention == "dense"
+  return Pattern(
+    length,
+    config.num_heads,
+    (length,) if is_dense else config.segment_lengths,
+    (1,) if is_dense else config.dilation_rates,
+    is_causal=is_causal,
+    head_phase=config.head_phase,
+  )
+
+
+def phase(pattern: Pattern, rate: int, head: int) -> int:
+  """Returns which in-segment residue, modulo `rate`, a head keeps."""
+  if pattern.head_phase == "interleaved":
+    return head % rate
+  return head // -(-pattern.num_heads // rate)
+
+
+def num_phases(pattern: Pattern, rate: int) -> int:
+  """Returns P: the phases that some head reads are 0 .. P - 1."""
+  return 1 + max(
+    phase(pattern, rate, head) for head in range(pattern.num_heads)
+  )
+
+
+def gaps(pattern: Pattern) -> tuple[range, ...]:
+  """Returns, for every branch, the phases that hold rows but no head reads.
+
+  They exist where a rate exceeds the number of heads and, with blocked phases,
+  where ceil(H / r) heads a phase run out before the last phase. Positions there
+  take no part in that branch.
+  """
+  return tuple(
+    range(num_phases(pattern, rate), min(rate, width, pattern.length))
+    for width, rate in pattern.branches
+  )
+
+
+def segments(length: int, width: int) -> tuple[tuple[int, int], ...]:
+  """Returns (rows, how many) of the full segments and of the ragged last."""
+  full, rest = divmod(length, width)
+  return tuple((rows, n) for rows, n in ((width, full), (rest, 1)) if rows * n)
+
+
+def kept_per_segment(rows: int, rate: int, offset: int) -> int:
+  """Returns how many of a segment's rows have residue `offset`."""
+  return len(range(offset, rows, rate))
+
+
+def kept_rows(pattern: Pattern, branch: int, head: int) -> np.ndarray:
+  """Returns the increasing positions that one head keeps in one branch."""
+  width, rate = pattern.branches[branch]
+  position = np.arange(pattern.length)
+  residue = position % width % rate
+  return position[residue == phase(pattern, rate, head)]
+
+
+def branch_mask(pattern: Pattern, branch: int, head: int) -> np.ndarray:
+  """Returns the (N, N) booleans [query, key] that one head reads, small N."""
+  width, _ = pattern.branches[branch]
+  rows = kept_rows(pattern, branch, head)
+  segment = np.full(pattern.length, -1)
+  segment[rows] = rows // width
+  mask = (segment[:, None] == segment[None, :]) & (segment[:, None] >= 0)
+  return np.tril(mask) if pattern.is_causal else mask
+
+
+def multiplicity(pattern: Pattern) -> np.ndarray:
+  """Returns how many (branch, head) read each [query, key]: (N, N), small N."""
+  return sum(
+    branch_mask(pattern, branch, head).astype(int)
+    for branch in range(len(pattern.branches))
+    for head in range(pattern.num_heads)
+  )
+
+
+def num_unread(pattern: Pattern) -> int:
+  """Returns how many positions no head keeps in any branch.
+
+  Attention gives zero there; only the residual connection carries them. Walks
+  the sequence in windows, so that memory does not grow with its length.
+  """
+  read = [(w, r, num_phases(pattern, r)) for w, r in pattern.branches]
+  if any(phases >= min(r, w, pattern.length) for w, r, phases in read):
+    return 0
+  window, unread = 1 << 20, 0
+  for start in range(0, pattern.length, window):
+    position = np.arange(start, min(start + window, pattern.length))
+    kept = np.zeros(position.shape, bool)
+    for width, rate, phases in read:
+      kept |= position % width % rate < phases
+    unread += int(np.count_nonzero(~kept))
+  return unread

@@ -1,0 +1,1 @@
+"""Source code as tokens, in batches that depend on the step alone."""

@@ -1,0 +1,102 @@
+"""Goldens: a model's weights, inputs and outputs of another implementation.
+
+An .npz file with the state under "param/NAME", the keyword dictionary as JSON
+under "config", and inputs and outputs under the names in `compare`. The state
+and the config may be left out where only outputs are compared.
+"""
+
+from collections.abc import Mapping
+import functools
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from longnet_jax.interop.tensors import State
+from longnet_jax.models import longvit, slide_encoder, transformer
+
+_PREFIX = "param/"
+
+
+def read(
+  path: str | os.PathLike,
+) -> tuple[State, dict[str, Any] | None, State]:
+  """Returns the state, the keyword dictionary (or None) and all other arrays.
+
+  Without "param/" names every array is of the state and of the others.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      arrays = dict(file)
+  except (ValueError, EOFError) as error:
+    raise ValueError(f"{path} is no .npz file of plain arrays") from error
+  config = None
+  if "config" in arrays:
+    config = json.loads(str(arrays.pop("config")))
+  prefixed = {k: v for k, v in arrays.items() if k.startswith(_PREFIX)}
+  state = {k.removeprefix(_PREFIX): v for k, v in prefixed.items()} or arrays
+  others = {k: v for k, v in arrays.items() if k not in prefixed}
+  return state, config, others
+
+
+def compare(
+  config, params: Mapping[str, Any], golden: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+  """Returns the error of each output in `golden`, relative to its largest entry.
+
+  Inputs are tokens for decoders ("logits") and encoders ("encoder_out"), tiles
+  and coords for slide encoders ("cls", "pooled", "all_layers_cls"), images for
+  LongViT ("features", "logits").
+
+  Raises:
+    ValueError: an input is missing, or there is no output to compare.
+  """
+  functions, inputs = _functions(config)
+  missing = [name for name in inputs if name not in golden]
+  if missing:
+    raise ValueError(f"the goldens have no {' and no '.join(missing)}")
+  outputs = [name for name in functions if name in golden]
+  if not outputs:
+    raise ValueError(f"the goldens have none of {', '.join(functions)}")
+  arguments = [_narrow(golden[name]) for name in inputs]
+  errors = {}
+  for name in outputs:
+    found = jax.jit(functions[name])({"params": params}, *arguments)
+    expected = golden[name]
+    if found.shape != expected.shape:
+      raise ValueError(
+        f"{name} has shape {expected.shape} in the goldens, {found.shape} here"
+      )
+    difference = np.abs(np.asarray(found, np.float32) - expected).max()
+    errors[name] = float(difference / np.abs(expected).max())
+  return errors
+
+
+def _functions(config):
+  """Returns output name -> function, and the names of the inputs."""
+  if isinstance(config, slide_encoder.SlideEncoderConfig):
+    apply = slide_encoder.SlideEncoder(config).apply
+    layers = functools.partial(apply, return_layers=True)
+    return {
+      "cls": apply,
+      "pooled": functools.partial(apply, pool="mean"),
+      "all_layers_cls": lambda *inputs: layers(*inputs)[1],
+    }, ("tiles", "coords")
+  if isinstance(config, longvit.LongViTConfig):
+    apply = longvit.LongViT(config).apply
+    functions = {"features": functools.partial(apply, method="features")}
+    if config.num_classes:
+      functions["logits"] = apply
+    return functions, ("images",)
+  return {
+    "logits": transformer.LongNetLM(config).apply,
+    "encoder_out": transformer.LongNetEncoder(config).apply,
+  }, ("tokens",)
+
+
+def _narrow(array):
+  """JAX has no 64-bit numbers unless asked to."""
+  kinds = {"i": np.int32, "u": np.int32, "f": np.float32}
+  return array.astype(kinds[array.dtype.kind])

@@ -1,0 +1,129 @@
+"""Weights of torchscale's LongNet decoders and encoders, both ways."""
+
+from collections.abc import Mapping
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from longnet_jax.interop import keywords, tensors
+from longnet_jax.interop.tensors import State, Tensor
+from longnet_jax.models import config as model_config
+from longnet_jax.models import transformer
+
+_XPOS = re.compile(r"layers\.\d+\.self_attn\.xpos\.scale")
+
+
+def convert(
+  state: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> tuple[model_config.LongNetConfig, dict[str, Any]]:
+  """Returns the config and parameters of a torchscale decoder or encoder.
+
+  Args:
+    state: torchscale's state dict as NumPy arrays.
+    config: its keyword dictionary; decoder_* or encoder_* keys say which.
+
+  Raises:
+    ValueError: names the settings that this package does not compute, or the
+      tensors that are missing, left over or of the wrong shape.
+  """
+  longnet = keywords.convert(config)
+  decoder = keywords.is_decoder(config)
+  model = transformer.LongNetLM if decoder else transformer.LongNetEncoder
+  tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
+  abstract = tensors.abstract_params(model(longnet), tokens)
+  table = model_tensors(longnet, output="output" in abstract)
+  state = _without_copies(state, longnet)
+  return longnet, tensors.convert(state, table, abstract)
+
+
+def export(
+  config: model_config.LongNetConfig, params: Mapping[str, Any]
+) -> State:
+  """Returns the state dict that torchscale loads for these parameters."""
+  decoder = config.tie_embeddings or "output" in params
+  keywords.check_exportable(config, decoder=decoder)
+  state = tensors.export(params, model_tensors(config, "output" in params))
+  if config.tie_embeddings:
+    state["output_projection.weight"] = state["embed_tokens.weight"].copy()
+  if config.position == "xpos":
+    for i in range(config.num_layers):
+      state[f"layers.{i}.self_attn.xpos.scale"] = _xpos_scale(config)
+  return state
+
+
+def model_tensors(
+  config: model_config.LongNetConfig, output: bool
+) -> list[Tensor]:
+  """The tensors of a decoder or encoder; `output` if it has a matrix for it."""
+  table = block_tensors(config, prefix="")
+  if config.vocab_size:
+    table.append(Tensor("embed_tokens.weight", "embedding", "array"))
+  if config.norm_position == "pre":
+    table += layer_norm("layer_norm", "final_norm")
+  if output:
+    table.append(Tensor("output_projection.weight", "output", "matrix"))
+  return table
+
+
+def block_tensors(
+  config: model_config.LongNetConfig, prefix: str
+) -> list[Tensor]:
+  """The tensors of all blocks; `prefix` stands before torchscale's names."""
+  torch, ours = f"{prefix}layers.{{}}.", "layers/"
+  attention, ffn = torch + "self_attn.", torch + "ffn."
+  table = []
+  for name in ("query", "key", "value"):
+    table += linear(f"{attention}{name[0]}_proj", f"{ours}attention/{name}")
+  table += linear(attention + "out_proj", ours + "attention/out", inputs=2)
+  table += linear(ffn + "fc1", ours + "ffn/fc1")
+  table += linear(ffn + "fc2", ours + "ffn/fc2")
+  table += layer_norm(torch + "self_attn_layer_norm", ours + "attention_norm")
+  table += layer_norm(torch + "final_layer_norm", ours + "ffn_norm")
+  if config.sub_layernorm:
+    table += layer_norm(attention + "inner_attn_ln", ours + "attention/norm")
+    table += layer_norm(ffn + "ffn_layernorm", ours + "ffn/norm")
+  return table
+
+
+def linear(name: str, path: str, inputs: int = 1) -> list[Tensor]:
+  """A linear map, whose kernel has `inputs` leading axes of inputs."""
+  return [
+    Tensor(f"{name}.weight", f"{path}/kernel", "matrix", inputs),
+    Tensor(f"{name}.bias", f"{path}/bias"),
+  ]
+
+
+def layer_norm(name: str, path: str) -> list[Tensor]:
+  """A LayerNorm."""
+  return [
+    Tensor(f"{name}.weight", f"{path}/scale"),
+    Tensor(f"{name}.bias", f"{path}/bias"),
+  ]
+
+
+def _without_copies(state, config):
+  """Leaves out what follows from the rest, after checking that it does."""
+  kept = {name: x for name, x in state.items() if not _XPOS.fullmatch(name)}
+  for name in state.keys() - kept.keys():
+    if config.position != "xpos":
+      raise ValueError(f"the state has {name}, but xpos_rel_pos is False")
+    if not np.allclose(state[name], _xpos_scale(config), rtol=1e-5):
+      raise ValueError(f"{name} is not the scale of xPos for this head width")
+  output, embedding = "output_projection.weight", "embed_tokens.weight"
+  if config.tie_embeddings and output in kept and embedding in kept:
+    if not np.array_equal(kept[output], kept[embedding]):
+      raise ValueError(
+        f"{output} differs from {embedding}; for an untied model set"
+        " share_decoder_input_output_embed to False"
+      )
+    del kept[output]
+  return kept
+
+
+def _xpos_scale(config):
+  """The base of xPos' decay per pair, which torchscale keeps as a buffer."""
+  width = config.head_dim
+  pairs = np.arange(0, width, 2, dtype=np.float32)
+  return (pairs + 0.4 * width) / (1.4 * width)

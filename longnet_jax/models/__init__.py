@@ -1,0 +1,1 @@
+"""The LongNet decoder and encoders, a thin Flax shell over ops."""

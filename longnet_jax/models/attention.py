@@ -1,0 +1,130 @@
+"""Multi-head attention around a core that the configuration chooses."""
+
+import functools
+from typing import Protocol
+
+from flax import linen as nn
+import jax
+from jaxtyping import Array, Float, Int
+
+from longnet_jax.models import config as config_lib
+from longnet_jax.models import layers
+from longnet_jax.ops import dilated_attention, rotary, sparse_attention
+
+
+class AttentionFn(Protocol):
+  """The core of attention: heads in, heads out, nothing about devices."""
+
+  def __call__(
+    self,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    *,
+    is_causal: bool,
+    segment_ids: Int[Array, "B T"] | None,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+    scale: float | None,
+  ) -> Float[Array, "B T N H"]:
+    """Returns the attended values; rows of other segments are not seen."""
+
+
+def make_attention_fn(config: config_lib.LongNetConfig) -> AttentionFn:
+  """Returns the core that `config.attention` names."""
+  if config.attention == "dilated":
+    return functools.partial(
+      dilated_attention.dilated_attention,
+      segment_lengths=config.segment_lengths,
+      dilation_rates=config.dilation_rates,
+      head_phase=config.head_phase,
+      padding=config.padding,
+      mixing_gradient=config.mixing_gradient,
+    )
+  if config.attention == "sparse":
+    return functools.partial(
+      sparse_attention.sparse_attention,
+      block=config.sparse_block,
+      summary=config.sparse_summary,
+    )
+  return _dense_attention
+
+
+def make_mixing_weights_fn(config: config_lib.LongNetConfig):
+  """Returns what measures the share of each branch; None without branches."""
+  if config.attention != "dilated":
+    return None
+  return functools.partial(
+    dilated_attention.mixing_weights,
+    segment_lengths=config.segment_lengths,
+    dilation_rates=config.dilation_rates,
+    head_phase=config.head_phase,
+    scale=None,
+  )
+
+
+def make_rotation(
+  config: config_lib.LongNetConfig, positions: Int[Array, "B T"]
+) -> rotary.Rotation | None:
+  """Returns the rotary tables at `positions`, shared by all layers."""
+  if config.position == "none":
+    return None
+  if config.position == "rope":
+    return rotary.rope(
+      positions, head_dim=config.head_dim, base=config.rotary_base
+    )
+  return rotary.xpos(
+    positions,
+    head_dim=config.head_dim,
+    base=config.rotary_base,
+    scale_base=config.xpos_scale_base,
+    centre=config.max_positions // 2,
+  )
+
+
+class MultiHeadAttention(nn.Module):
+  """The projections around the core, which the block applies in between."""
+
+  config: config_lib.LongNetConfig
+
+  def setup(self):
+    """Declares the four projections and the sub-LayerNorm."""
+    config = self.config
+    gain = layers.initial_gain(config)
+    width = (config.model_dim,)
+    heads = (config.num_heads, config.head_dim)
+    kv_heads = (config.kv_heads, config.head_dim)
+    self.query = layers.Linear(width, heads)
+    self.key = layers.Linear(width, kv_heads)
+    self.value = layers.Linear(width, kv_heads, gain)
+    self.out = layers.Linear(heads, width, gain)
+    if config.sub_layernorm:
+      self.norm = layers.LayerNorm(heads, config.layernorm_epsilon)
+
+  def project(
+    self, x: Float[Array, "B T D"], rotation: rotary.Rotation | None
+  ) -> tuple[Array, Array, Array]:
+    """Returns query (B, T, N, H), key and value (B, T, K, H), rotated."""
+    query, key, value = self.query(x), self.key(x), self.value(x)
+    if rotation is not None:
+      query = rotary.rotate_query(query, rotation)
+      key = rotary.rotate_key(key, rotation)
+    return query, key, value
+
+  def output(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    """Returns the update of the residual stream."""
+    if self.config.sub_layernorm:
+      attended = self.norm(attended)
+    return self.out(attended)
+
+
+def _dense_attention(query, key, value, **options):
+  """One branch as long as the sequence keeps every row: dense, blockwise."""
+  return dilated_attention.dilated_attention(
+    query,
+    key,
+    value,
+    segment_lengths=(max(query.shape[1], 1),),
+    dilation_rates=(1,),
+    **options,
+  )

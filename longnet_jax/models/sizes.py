@@ -1,0 +1,56 @@
+"""The sizes and branches of the paper, as settings of LongNetConfig."""
+
+import dataclasses
+import types
+
+from longnet_jax.models import config as config_lib
+from longnet_jax.ops import sparse_attention
+
+
+def _size(num_layers, model_dim, num_heads):
+  return types.MappingProxyType(
+    {
+      "num_layers": num_layers,
+      "model_dim": model_dim,
+      "num_heads": num_heads,
+      "ffn_dim": 4 * model_dim,
+    }
+  )
+
+
+# The names count a tied embedding of 50 thousand tokens, as in GPT-3.
+SIZES = types.MappingProxyType(
+  {
+    "125M": _size(12, 768, 12),
+    "350M": _size(24, 1024, 16),
+    "760M": _size(24, 1536, 16),
+    "2.7B": _size(32, 2560, 32),
+  }
+)
+
+BRANCHES = types.MappingProxyType(
+  {
+    "segment_lengths": (2048, 4096, 8192, 16_384, 32_768),
+    "dilation_rates": (1, 2, 4, 6, 12),
+  }
+)
+
+
+def sparse_twin(
+  config: config_lib.LongNetConfig, length: int
+) -> config_lib.LongNetConfig:
+  """Returns the Sparse Transformer with the FLOPs of a LongNet at `length`.
+
+  The block stays `config.sparse_block`; the summary columns are chosen so that
+  a causal row sees as many keys as the branches show it, sum(w / r^2) / 2.
+  """
+  keys_per_row = sum(
+    min(segment, length) / (2 * rate**2)
+    for segment, rate in zip(
+      config.segment_lengths, config.dilation_rates, strict=True
+    )
+  )
+  summary = sparse_attention.summary_columns(
+    keys_per_row, length=length, block=config.sparse_block
+  )
+  return dataclasses.replace(config, attention="sparse", sparse_summary=summary)

@@ -1,0 +1,1 @@
+"""Mathematics of dilated attention: arrays in, arrays out."""

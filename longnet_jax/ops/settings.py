@@ -1,0 +1,159 @@
+"""The static arguments of dilated attention, and the refusal of bad ones."""
+
+from collections.abc import Sequence
+import math
+import operator
+from typing import NamedTuple
+
+from jax import numpy as jnp
+
+from longnet_jax.ops import dilation
+
+PADDINGS = ("mask", "zeros")
+
+
+class Settings(NamedTuple):
+  """Checked static arguments of `dilated_attention`, hashable for jit."""
+
+  branches: tuple[tuple[int, int], ...]
+  is_causal: bool
+  scale: float
+  head_phase: str
+  padding: str
+  mixing_gradient: bool
+  dropout_rate: float
+
+
+def make_settings(
+  head_width: int,
+  *,
+  segment_lengths: Sequence[int],
+  dilation_rates: Sequence[int],
+  is_causal: bool,
+  scale: float | None,
+  head_phase: str,
+  padding: str,
+  mixing_gradient: bool,
+  dropout_rate: float,
+) -> Settings:
+  """Returns the settings, or raises ValueError naming a legal value."""
+  for name, value, legal in (
+    ("head_phase", head_phase, dilation.HEAD_PHASES),
+    ("padding", padding, PADDINGS),
+  ):
+    if value not in legal:
+      raise ValueError(f"{name} is {value!r}; use one of {legal}")
+  if not 0.0 <= dropout_rate < 1.0:
+    raise ValueError(f"dropout_rate is {dropout_rate}; use one in [0, 1)")
+  return Settings(
+    branches=check_branches(segment_lengths, dilation_rates),
+    is_causal=bool(is_causal),
+    scale=1.0 / math.sqrt(head_width) if scale is None else float(scale),
+    head_phase=head_phase,
+    padding=padding,
+    mixing_gradient=bool(mixing_gradient),
+    dropout_rate=float(dropout_rate),
+  )
+
+
+def check_branches(
+  segment_lengths: Sequence[int], dilation_rates: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+  """Returns ((w_1, r_1), ...), or raises ValueError saying what is wrong."""
+  lengths = _positive_ints("segment_lengths", segment_lengths)
+  rates = _positive_ints("dilation_rates", dilation_rates)
+  if len(lengths) != len(rates):
+    raise ValueError(
+      f"dilation_rates has {len(rates)} entries, segment_lengths "
+      f"{len(lengths)}; give one rate for each segment length"
+    )
+  for w, r in zip(lengths, rates, strict=True):
+    if r > w:
+      raise ValueError(
+        f"dilation rate {r} is larger than its segment length {w}; "
+        f"use a rate from 1 to {w}"
+      )
+  return tuple(zip(lengths, rates, strict=True))
+
+
+def _positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
+  if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+    raise ValueError(
+      f"{name} is {values!r}; give a sequence of ints such as (2048, 4096)"
+    )
+  if not len(values):
+    raise ValueError(f"{name} is empty; give at least one int")
+  checked = []
+  for value in values:
+    try:
+      if isinstance(value, bool):
+        raise TypeError
+      checked.append(operator.index(value))
+    except TypeError:
+      raise ValueError(
+        f"{name} holds {value!r}; every entry must be an int"
+      ) from None
+    if checked[-1] < 1:
+      raise ValueError(f"{name} holds {value}; every entry must be at least 1")
+  return tuple(checked)
+
+
+def check_shapes(query, key, value):
+  """Raises ValueError unless the three fit one another."""
+  for name, x in (("query", query), ("key", key), ("value", value)):
+    if x.ndim != 4:
+      raise ValueError(
+        f"{name} has shape {x.shape}; it must be (B, T, heads, H)"
+      )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{name} has type {x.dtype}; it must be a float type")
+    if x.dtype != query.dtype:
+      raise ValueError(
+        f"{name} has type {x.dtype}, query {query.dtype}; cast one of them"
+      )
+  if key.shape != value.shape:
+    raise ValueError(
+      f"key has shape {key.shape}, value {value.shape}; they must be equal"
+    )
+  batch, length, num_heads, width = query.shape
+  if key.shape[:2] != (batch, length):
+    raise ValueError(
+      f"key has batch and length {key.shape[:2]}, query {(batch, length)}: "
+      "dilated attention is self-attention, they must be equal"
+    )
+  if key.shape[3] != width or not width:
+    raise ValueError(
+      f"key has head width {key.shape[3]}, query {width}; they must be "
+      "equal and at least 1"
+    )
+  kv_heads = key.shape[2]
+  if not num_heads or not kv_heads or num_heads % kv_heads:
+    raise ValueError(
+      f"{num_heads} query heads cannot share {kv_heads} key heads; use a "
+      "number of key heads that divides the query heads"
+    )
+
+
+def check_masks(query, settings, lengths, segment_ids, dropout_key):
+  """Raises ValueError unless masks and dropout fit the query and settings."""
+  batch, length = query.shape[:2]
+  for name, x, shape in (
+    ("key_value_seq_lengths", lengths, (batch,)),
+    ("segment_ids", segment_ids, (batch, length)),
+  ):
+    if x is None:
+      continue
+    if tuple(x.shape) != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+      raise ValueError(
+        f"{name} is {x.dtype}{tuple(x.shape)}; it must be ints of shape {shape}"
+      )
+    if settings.padding == "zeros":
+      raise ValueError(
+        f"padding='zeros' cannot be combined with {name}: zero keys that "
+        "take softmax mass have no document or length; use padding='mask'"
+      )
+  if settings.dropout_rate and dropout_key is None:
+    raise ValueError(
+      f"dropout_rate is {settings.dropout_rate} but dropout_key is None; "
+      "give a key such as jax.random.key(0)"
+    )

@@ -1,0 +1,156 @@
+"""How dilated attention is cut into work: all static, known before tracing.
+
+Segments of every branch restart at each multiple of the window W, the least
+common multiple of the segment lengths, so windows are independent problems and
+are computed one after another. Inside a window the unit of work is a
+*sequence*: the rows that one head keeps of one segment of one branch. Branches
+whose sequences have equally many rows share one compiled loop.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from longnet_jax.ops import dilation
+
+
+class Sizes(NamedTuple):
+  """Sizes that a sweep chose for one kind of device; results do not depend.
+
+  block: query rows that meet a tile of keys at once.
+  tile: rows of a tile when a sequence is cut into several.
+  whole: sequences of at most so many rows are not cut.
+  scores: scores in flight, which decides how many sequences run together.
+  window: elements of the windows that are computed together.
+  """
+
+  block: int
+  tile: int
+  whole: int
+  scores: int
+  window: int
+
+
+SIZES = {
+  "cpu": Sizes(block=320, tile=2048, whole=4096, scores=2**19, window=2**23),
+  "gpu": Sizes(block=512, tile=2048, whole=2048, scores=2**29, window=2**28),
+  "tpu": Sizes(block=512, tile=2048, whole=2048, scores=2**27, window=2**27),
+}
+
+
+class Windows(NamedTuple):
+  """How the inputs are cut: static.
+
+  length: rows W of a window; the segments of each branch restart there.
+  per_example: windows of one example.
+  per_step: windows that are computed together.
+  steps: number of steps over the batch.
+  """
+
+  length: int
+  per_example: int
+  per_step: int
+  steps: int
+
+
+def plan_windows(branches, shape, sizes):
+  """Returns the windows of inputs (B, T, N, H)."""
+  batch, length, num_heads, width = shape
+  window = min(math.lcm(*(w for w, _ in branches)), length)
+  if length % window and length < 4 * window:
+    window = length  # a ragged last window would cost more than it saves
+  per_example = -(-length // window)
+  per_step = max(1, sizes.window // (window * num_heads * width))
+  per_step = min(per_step, batch * per_example)
+  return Windows(
+    window, per_example, per_step, -(-batch * per_example // per_step)
+  )
+
+
+class Sequences(NamedTuple):
+  """Sequences of one compiled loop, in the order window, segment, head.
+
+  rows: rows of each, padding included; a multiple of `tile`.
+  branches: (index of the branch, number of its sequences), in order.
+  table: int32 (sequences, 7): branch, window of the step, start of the
+    segment in its window, segment length, rate, head, phase.
+  """
+
+  rows: int
+  tile: int
+  branches: tuple[tuple[int, int], ...]
+  table: np.ndarray
+
+
+def plan_sequences(branches, group, windows, phases, sizes):
+  """Returns the sequences of some branches, by their number of rows.
+
+  Args:
+    branches: all branches (w, r).
+    group: indices of the branches to plan.
+    windows: the `Windows`.
+    phases: for each branch the phase of each head.
+    sizes: the `Sizes`.
+  """
+  classes = {}
+  for index in group:
+    w, r = branches[index]
+    rows = tile = dilation.kept_rows(w, r)
+    if rows > sizes.whole:
+      tiles = -(-rows // sizes.tile)
+      tile = -(-rows // (tiles * sizes.block)) * sizes.block
+      rows = tile * -(-rows // tile)
+    columns = np.broadcast_arrays(
+      index,
+      np.arange(windows.per_step)[:, None, None],
+      np.arange(0, windows.length, w)[:, None],
+      w,
+      r,
+      np.arange(len(phases[index])),
+      phases[index],
+    )
+    table = np.stack(columns, axis=-1).reshape(-1, len(columns))
+    classes.setdefault((rows, tile), []).append((index, table))
+  return [
+    Sequences(
+      rows,
+      tile,
+      tuple((index, len(table)) for index, table in members),
+      np.concatenate([table for _, table in members]).astype(np.int32),
+    )
+    for (rows, tile), members in classes.items()
+  ]
+
+
+def sequences_together(sequences, sizes):
+  """Returns how many sequences are computed at once."""
+  scores = min(sequences.rows, sizes.block) * sequences.tile
+  return min(len(sequences.table), max(1, sizes.scores // scores))
+
+
+def chunk(table, size):
+  """Cuts a table (C, columns) into (ceil(C / size), size, columns).
+
+  The last line is repeated to fill up; what it computes again is not read.
+  """
+  lines = np.arange(-(-len(table) // size) * size)
+  return table[np.minimum(lines, len(table) - 1)].reshape(
+    -1, size, table.shape[1]
+  )
+
+
+def branch_groups(branches):
+  """Splits the branches so that the packed rows of a group stay below 3 T.
+
+  All branches of a group are put back in one pass; with the usual geometric
+  rates there is one group, and many dense branches cost time, not memory.
+  """
+  groups, share = [[]], 0.0
+  for index, (_, r) in enumerate(branches):
+    if groups[-1] and share + 1 / r > 3:
+      groups.append([])
+      share = 0.0
+    groups[-1].append(index)
+    share += 1 / r
+  return groups

@@ -1,0 +1,30 @@
+"""The mesh of devices: axes data (batch), seq (positions), model (heads)."""
+
+import jax
+from jax.sharding import AxisType
+
+AXES = ("data", "seq", "model")
+
+
+def make_mesh(
+  data: int = 1, seq: int = 1, model: int = 1, devices=None
+) -> jax.sharding.Mesh:
+  """A data x seq x model mesh over the first devices, or those given.
+
+  Raises ValueError where there are fewer devices than the product.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = (data, seq, model)
+  needed = data * seq * model
+  if needed > len(devices):
+    raise ValueError(
+      f"mesh data x seq x model = {data} x {seq} x {model} needs {needed} "
+      f"devices and there are {len(devices)}; choose sizes whose product is "
+      f"at most {len(devices)}"
+    )
+  return jax.make_mesh(
+    shape,
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices[:needed],
+  )

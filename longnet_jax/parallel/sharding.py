@@ -1,0 +1,115 @@
+"""Where each parameter and batch lives on the mesh: one table of paths."""
+
+import math
+import re
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+# Parameters and moments are split over these axes together: each device keeps
+# a share and gathers a layer's matrices when it needs them.
+_FSDP = ("data", "seq")
+
+# (pattern searched in a parameter's path, spec of its trailing axes). Leading
+# axes, such as the layers that nn.scan stacks, are not split. First match wins.
+RULES = (
+  (r"attention/(query|key|value)/kernel$", P(_FSDP, "model", None)),
+  (r"attention/out/kernel$", P("model", None, _FSDP)),
+  (r"ffn/fc1/kernel$", P(_FSDP, "model")),
+  (r"ffn/fc2/kernel$", P("model", _FSDP)),
+  (r"(^|/)embedding$", P("model", _FSDP)),
+  (r"(^|/)output$", P(_FSDP, "model")),
+)
+
+BATCH = P("data", "seq")
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh) -> P:
+  """The PartitionSpec of a parameter; an axis that does not divide is whole."""
+  for pattern, spec in RULES:
+    if re.search(pattern, path) and len(spec) <= len(shape):
+      axes = (None,) * (len(shape) - len(spec)) + tuple(spec)
+      pairs = zip(shape, axes, strict=True)
+      return P(*(_fit(size, names, mesh) for size, names in pairs))
+  return P()
+
+
+def shardings_for(abstract, mesh):
+  """NamedShardings for a tree of arrays or shapes, found by their paths.
+
+  Optimizer moments lie under the same names as their parameters and so land
+  beside them; counters and everything without a rule are on every device.
+  """
+
+  def place(path, leaf):
+    return NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def path_name(path) -> str:
+  """A key path of jax.tree_util as "layers/attention/query"."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def batch_sharding(mesh) -> NamedSharding:
+  """Rows of a batch over data, positions over seq."""
+  return NamedSharding(mesh, BATCH)
+
+
+def host_rows(mesh, batch_size: int) -> tuple[int, int]:
+  """(index, count): which of `count` equal parts of the rows this host needs.
+
+  Hosts that share their rows and differ in positions get the same index.
+  """
+  shape = (batch_size, mesh.shape["seq"])
+  slices = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
+  starts = [rows.indices(batch_size)[0] for rows, _ in slices]
+  stops = [rows.indices(batch_size)[1] for rows, _ in slices]
+  size = max(stops) - min(starts)
+  return min(starts) // size, batch_size // size
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh, batch_size: int) -> dict:
+  """Global arrays (batch_size, T) from the rows that `host_rows` names."""
+  sharding = batch_sharding(mesh)
+  index, count = host_rows(mesh, batch_size)
+  first = index * (batch_size // count)
+
+  def place(local: np.ndarray):
+    shape = (batch_size, *local.shape[1:])
+
+    def part(where):
+      start, stop, _ = where[0].indices(batch_size)
+      return local[start - first : stop - first, where[1]]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return {name: place(array) for name, array in batch.items()}
+
+
+def check_mesh(mesh, *, batch_size: int, length: int, num_heads: int) -> None:
+  """Raises ValueError where the batch or the model does not divide."""
+  for axis, what, number in (
+    ("data", "rows computed at a time", batch_size),
+    ("seq", "positions of a window", length),
+    ("model", "heads", num_heads),
+  ):
+    size = mesh.shape[axis]
+    if number % size:
+      legal = [n for n in range(1, number + 1) if number % n == 0]
+      near = [n for n in legal if n <= size][-3:]
+      raise ValueError(
+        f"mesh.{axis} is {size} and must divide the {number} {what}; "
+        f"choose {' or '.join(map(str, near))}"
+      )
+
+
+def _fit(size: int, axes, mesh):
+  """`axes` if their devices divide `size`, else None."""
+  if axes is None:
+    return None
+  names = axes if isinstance(axes, tuple) else (axes,)
+  return axes if size % math.prod(mesh.shape[a] for a in names) == 0 else None

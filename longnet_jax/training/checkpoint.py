@@ -1,0 +1,263 @@
+"""Checkpoints of a run, with orbax behind this one module.
+
+A checkpoint is a folder WORKDIR/checkpoints/STEP of separate items, so that
+parameters can be read without the rest:
+
+  params      the parameter tree
+  opt_state   the optimizer's moments and counters
+  train       step and random key; the data follows from the step
+  config      every setting of the run, as JSON
+  tokenizer   what maps text to tokens, as JSON
+  data        fingerprints of the windows, as JSON
+  metrics     validation results at this step, where there are any
+"""
+
+import contextlib
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from longnet_jax.models import config as model_config
+from longnet_jax.models import longvit, slide_encoder
+from longnet_jax.training import state as state_lib
+
+_BEST_BY = "loss"
+_MANAGERS = ocp.checkpoint_managers
+_STATE_ITEMS = ("params", "opt_state", "train")
+_JSON_ITEMS = ("config", "tokenizer", "data")
+# The key of the item "config" that holds the model's settings, and their class.
+MODEL_KEYS = {
+  "model": model_config.LongNetConfig,
+  "slide_encoder": slide_encoder.SlideEncoderConfig,
+  "longvit": longvit.LongViTConfig,
+}
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that cannot be written or read, and what to do."""
+
+
+class Checkpoints:
+  """The series of checkpoints of one workdir; writes happen in background."""
+
+  def __init__(self, workdir, *, max_to_keep: int = 1, read_only=False):
+    self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    self._read_only = read_only
+    keep = _MANAGERS.AnyPreservationPolicy(
+      [
+        _MANAGERS.LatestN(max_to_keep),
+        _MANAGERS.BestN(
+          get_metric_fn=lambda metrics: metrics[_BEST_BY],
+          reverse=True,
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        ),
+      ]
+    )
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=keep,
+      best_fn=lambda metrics: metrics[_BEST_BY],
+      best_mode="min",
+      create=not read_only,
+      read_only=read_only,
+      cleanup_tmp_directories=not read_only,
+    )
+    handlers = ocp.DefaultCheckpointHandlerRegistry()
+    for item in _STATE_ITEMS:
+      handlers.add(item, ocp.args.StandardSave, ocp.StandardCheckpointHandler())
+      handlers.add(
+        item, ocp.args.StandardRestore, ocp.StandardCheckpointHandler()
+      )
+    for item in _JSON_ITEMS:
+      handlers.add(item, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+      handlers.add(item, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
+    with _explained(f"cannot open {self.folder}"):
+      self._manager = ocp.CheckpointManager(
+        self.folder, options=options, handler_registry=handlers
+      )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    try:
+      if kind is None:
+        self.wait()
+    finally:
+      with contextlib.suppress(Exception):  # said before, or by wait
+        self._manager.close()
+      self._remove_unfinished()
+
+  def steps(self) -> list[int]:
+    """Steps with a complete checkpoint, in order."""
+    return sorted(self._manager.all_steps())
+
+  def find(self, which: int | str = "latest") -> int:
+    """A step by number, "latest" or "best"; CheckpointError if none."""
+    steps = self.steps()
+    if not steps:
+      raise CheckpointError(
+        f"{self.folder} holds no complete checkpoint; train into its workdir "
+        "first"
+      )
+    if which == "latest":
+      return steps[-1]
+    if which == "best":
+      scored = [(m[_BEST_BY], s) for s in steps if (m := self.metrics(s))]
+      return min(scored)[1] if scored else steps[-1]
+    if which not in steps:
+      raise CheckpointError(
+        f"{self.folder} has no step {which}; it has "
+        f"{', '.join(map(str, steps))}"
+      )
+    return which
+
+  def metrics(self, step: int) -> dict[str, float] | None:
+    """Validation results saved with a step."""
+    return self._manager.metrics(step)
+
+  def save(
+    self,
+    step: int,
+    state: state_lib.TrainState,
+    records: dict[str, dict],
+    validation: dict[str, float] | None = None,
+  ) -> None:
+    """Starts writing; returns once the state may be overwritten.
+
+    `records` are the JSON items; `validation` has at least a "loss".
+    """
+    items = dict(
+      params=ocp.args.StandardSave(state.params),
+      opt_state=ocp.args.StandardSave(state.opt_state),
+      train=ocp.args.StandardSave({"step": state.step, "rng": state.rng}),
+      **{name: ocp.args.JsonSave(value) for name, value in records.items()},
+    )
+    with self._writing():
+      self._manager.save(
+        step, args=ocp.args.Composite(**items), metrics=validation
+      )
+
+  def save_params(self, params, records: dict[str, dict]) -> None:
+    """Writes parameters that were not trained here, as step 0."""
+    items = dict(
+      params=ocp.args.StandardSave(params),
+      **{name: ocp.args.JsonSave(value) for name, value in records.items()},
+    )
+    with self._writing():
+      self._manager.save(0, args=ocp.args.Composite(**items))
+    self.wait()
+
+  def restore(
+    self, step: int, abstract: state_lib.TrainState
+  ) -> state_lib.TrainState:
+    """The state at `step`, placed as the shardings in `abstract` say."""
+    targets = dict(
+      params=abstract.params,
+      opt_state=abstract.opt_state,
+      train={"step": abstract.step, "rng": abstract.rng},
+    )
+    arguments = {k: ocp.args.StandardRestore(v) for k, v in targets.items()}
+    items = self._restore(step, arguments)
+    return state_lib.TrainState(
+      params=items["params"], opt_state=items["opt_state"], **items["train"]
+    )
+
+  def restore_json(self, step: int, item: str) -> dict:
+    """The item "config", "tokenizer" or "data" of a step."""
+    return self._restore(step, {item: ocp.args.JsonRestore()})[item]
+
+  def restore_params(self, step: int, sharding=None) -> dict[str, Any]:
+    """Parameters alone, on the first device unless a sharding is given."""
+    if sharding is None:
+      sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with self._reading(step):
+      metadata = self._manager.item_metadata(step)["params"]
+      target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        metadata.tree,
+      )
+    return self._restore(step, {"params": ocp.args.StandardRestore(target)})[
+      "params"
+    ]
+
+  def wait(self) -> None:
+    """Returns when everything is on disk; raises what went wrong."""
+    with self._writing():
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  def _remove_unfinished(self):
+    """Removes what a failed write has left; a full disk gets its space back."""
+    if not self._read_only:
+      for folder in self.folder.glob("*.orbax-checkpoint-tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+  def _restore(self, step, arguments):
+    with self._reading(step):
+      return self._manager.restore(step, args=ocp.args.Composite(**arguments))
+
+  def _writing(self):
+    return _explained(
+      f"cannot write a checkpoint into {self.folder}",
+      "free some space or choose another workdir, then start again: it "
+      "resumes from the last complete checkpoint",
+    )
+
+  def _reading(self, step):
+    others = [s for s in self.steps() if s != step]
+    advice = (
+      f"delete that folder to go on from step {others[-1]}"
+      if others
+      else "no other step is left: start in an empty workdir"
+    )
+    return _explained(
+      f"cannot read checkpoint {self.folder / str(step)}", advice
+    )
+
+
+def load_checkpoint(
+  path, *, step: int | str = "latest", sharding=None
+) -> tuple[model_config.LongNetConfig, dict[str, Any]]:
+  """The model's config and parameters from a workdir.
+
+  The config is that of a decoder or encoder, a slide encoder or a LongViT.
+  `step` is a number, "latest", or "best" by validation loss. Raises
+  CheckpointError if there is none or it cannot be read.
+  """
+  checkpoints = open_to_read(path)
+  step = checkpoints.find(step)
+  config = checkpoints.restore_json(step, "config")
+  params = checkpoints.restore_params(step, sharding)
+  (key,) = MODEL_KEYS.keys() & config.keys()
+  return MODEL_KEYS[key].from_dict(config[key]), params
+
+
+def open_to_read(workdir) -> Checkpoints:
+  """The checkpoints of an existing workdir, which is left unchanged."""
+  folder = pathlib.Path(workdir) / "checkpoints"
+  if not folder.is_dir():
+    raise CheckpointError(
+      f"{workdir} holds no checkpoints; give the --workdir of a training run"
+    )
+  return Checkpoints(workdir, read_only=True)
+
+
+@contextlib.contextmanager
+def _explained(problem: str, advice: str = ""):
+  """Turns whatever orbax and the file system raise into one line."""
+  try:
+    yield
+  except CheckpointError:
+    raise
+  except Exception as error:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if "RESOURCE_EXHAUSTED" in reason or "No space left" in reason:
+      reason = "the disk is full"
+    line = f"{problem}: {reason}"
+    raise CheckpointError(f"{line}; {advice}" if advice else line) from error

@@ -1,0 +1,63 @@
+"""Pictures of how runs went, from their metrics files."""
+
+from collections.abc import Mapping
+
+from matplotlib import figure
+import numpy as np
+
+from longnet_jax.training import metrics
+
+# Okabe and Ito's colours, told apart by every kind of eye.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def draw_losses(workdirs: Mapping[str, object], path) -> None:
+  """Training and validation loss of each labelled workdir, in one picture."""
+  picture = figure.Figure(figsize=(10, 4), layout="constrained")
+  train, validation = picture.subplots(1, 2)
+  for (label, workdir), colour in zip(
+    workdirs.items(), colours(len(workdirs)), strict=True
+  ):
+    records = metrics.read_metrics(workdir)
+    steps, losses = _series(records, "loss")
+    if len(workdirs) == 1:
+      train.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
+    train.plot(steps, smooth(losses), color=colour, label=label)
+    validation.plot(
+      *_series(records, "validation_bits_per_byte"),
+      color=colour,
+      marker="o",
+      markersize=3,
+      label=label,
+    )
+  train.set(title="training loss", xlabel="step", ylabel="nats a token")
+  validation.set(title="validation loss", xlabel="step", ylabel="bits a byte")
+  for axes in (train, validation):
+    axes.grid(alpha=0.3)
+    if len(workdirs) > 1:
+      axes.legend()
+  picture.savefig(path, dpi=120)
+
+
+def smooth(values: np.ndarray, *, share: float = 0.05) -> np.ndarray:
+  """Mean of each value and its neighbours, `share` of the series in all."""
+  if not len(values):
+    return values
+  half = int(len(values) * share / 2)
+  sums = np.concatenate([[0.0], np.cumsum(values)])
+  index = np.arange(len(values))
+  low = np.maximum(index - half, 0)
+  high = np.minimum(index + half + 1, len(values))
+  return (sums[high] - sums[low]) / (high - low)
+
+
+def _series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+  """Steps and values of the records that have `name`."""
+  pairs = [(r["step"], r[name]) for r in records if name in r]
+  steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+  return np.array(steps), np.array(values, float)
+
+
+def colours(count: int) -> list[str]:
+  """As many colours as there are lines."""
+  return [COLOURS[i % len(COLOURS)] for i in range(count)]

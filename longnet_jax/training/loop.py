@@ -1,0 +1,191 @@
+"""The training loop: from settings and a workdir to trained parameters."""
+
+import contextlib
+import dataclasses
+import functools
+import signal
+
+import jax
+import numpy as np
+
+from longnet_jax.data import pipeline
+from longnet_jax.parallel import sharding
+from longnet_jax.training import checkpoint, curves
+from longnet_jax.training import config as config_lib
+from longnet_jax.training import metrics as metrics_lib
+from longnet_jax.training import report as report_lib
+from longnet_jax.training import run as run_lib
+from longnet_jax.training import state as state_lib
+from longnet_jax.training import workdir as workdir_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """How a run ended."""
+
+  step: int  # updates done
+  fingerprint: str  # sha256 of the parameters
+  signal: signal.Signals | None  # what asked it to stop early
+  validation: dict[str, float]  # at the last step, where it was evaluated
+
+
+def train(
+  config: config_lib.ExperimentConfig, workdir, *, stream=None
+) -> Result:
+  """Trains in `workdir` until `training.steps`, from its last checkpoint on.
+
+  Raises ValueError for settings that cannot work or belong to another run,
+  CheckpointError where one cannot be read or written, and DivergedError where
+  the loss stops being finite. SIGTERM and SIGINT save and return early.
+  """
+  settings = dataclasses.asdict(config)
+  workdir_lib.check(workdir, settings)
+  run = run_lib.make_run(config, workdir_lib.tokenizer_path(workdir))
+  records = workdir_lib.write_records(workdir, settings, run)
+  keep = config.training.max_to_keep
+  with checkpoint.Checkpoints(workdir, max_to_keep=keep) as checkpoints:
+    state, start = restore_or_init(run, checkpoints)
+    save = functools.partial(checkpoints.save, records=records)
+    with metrics_lib.Writer(
+      workdir, start=start, total=config.training.steps, stream=stream
+    ) as writer:
+      writer.say(run.describe())
+      with catch_signals() as caught, _naming_last_good(checkpoints):
+        state = run_steps(run, state, start, writer, save, caught)
+    checkpoints.wait()
+    step = int(state.step)
+    validation = checkpoints.metrics(step) or {}
+  curves.draw_losses({"": workdir}, workdir_lib.loss_picture_path(workdir))
+  return Result(
+    step=step,
+    fingerprint=state_lib.fingerprint(state.params),
+    signal=caught[0] if caught else None,
+    validation=validation,
+  )
+
+
+def restore_or_init(
+  run: run_lib.Run, checkpoints: checkpoint.Checkpoints
+) -> tuple[state_lib.TrainState, int]:
+  """The state to go on from and the number of steps it has done."""
+  if not checkpoints.steps():
+    return run.init(), 0
+  step = checkpoints.find("latest")
+  recorded = checkpoints.restore_json(step, "data")
+  for name, value in run.fingerprints.items():
+    if recorded[name] != value:
+      raise ValueError(
+        f"the {name} of this run was {recorded[name]} at step {step} and is "
+        f"now {value}; bring back the files it was made from or choose "
+        "another --workdir"
+      )
+  return checkpoints.restore(step, run.abstract_state), step
+
+
+def run_steps(run, state, start, writer, save, caught) -> state_lib.TrainState:
+  """Trains to the last step, or to the step during which a signal came."""
+  training = run.config.training
+  report = report_lib.Report(run, writer)
+  with contextlib.closing(_batches(run, start)) as batches:
+    for step, batch in enumerate(batches, start + 1):
+      placed = run.place(batch)
+      state, metrics = run.train_step(state, placed)
+      last = step == training.steps or bool(caught)
+      if step % training.log_every == 0 and run.mixing_step:
+        metrics["mixing"] = run.mixing_step(state.params, placed)
+      report.hold(step, metrics)
+      validation = None
+      if step % training.eval_every == 0 or step == training.steps:
+        validation = report.flush(lambda p=state.params: evaluate(run, p))
+      if last or step % training.checkpoint_every == 0:
+        report.flush()
+        with report.paused():
+          save(step, state, validation=validation)
+      if last:
+        break
+  if caught:
+    writer.say(f"{caught[0].name}: stopped after step {step}")
+  return state
+
+
+def evaluate(run: run_lib.Run, params) -> dict[str, float]:
+  """Loss in nats a token and bits a byte over the validation windows.
+
+  At most `training.eval_batches` batches, the same ones at every call: all
+  windows in order if that is enough, else the first of the shuffled order.
+  """
+  source, training = run.validation_source, run.config.training
+  every = source.num_batches(training.batch_size)
+  feed = pipeline.prefetched(
+    source,
+    training.batch_size,
+    start=0,
+    stop=min(training.eval_batches, every),
+    shuffled=training.eval_batches < every,
+    **_host(run),
+  )
+  with contextlib.closing(feed) as batches:
+    sums = [run.eval_step(params, run.place(batch)) for batch in batches]
+  total = {
+    name: np.sum([float(s[name]) for s in jax.device_get(sums)])
+    for name in sums[0]
+  }
+  return {
+    "loss": total["nats"] / total["tokens"],
+    "bits_per_byte": total["nats"] / np.log(2) / total["bytes"],
+  }
+
+
+@contextlib.contextmanager
+def catch_signals():
+  """Collects SIGTERM and SIGINT in the list it gives; a second one kills."""
+  caught = []
+  previous = {}
+
+  def handle(number, _):
+    caught.append(signal.Signals(number))
+    for each, handler in previous.items():
+      signal.signal(each, handler)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    previous[number] = signal.signal(number, handle)
+  try:
+    yield caught
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _naming_last_good(checkpoints):
+  """Adds to a divergence what is left to go on from."""
+  try:
+    yield
+  except report_lib.DivergedError as error:
+    checkpoints.wait()
+    steps = checkpoints.steps()
+    left = (
+      f"the checkpoint of step {steps[-1]} is kept"
+      if steps
+      else "there is no checkpoint yet"
+    )
+    raise report_lib.DivergedError(
+      f"{error}; {left}; try a lower optimizer.learning_rate or more "
+      "optimizer.warmup_steps in a new workdir"
+    ) from error
+
+
+def _batches(run, start):
+  training = run.config.training
+  return pipeline.prefetched(
+    run.train_source,
+    training.batch_size,
+    start=start,
+    stop=training.steps,
+    **_host(run),
+  )
+
+
+def _host(run) -> dict[str, int]:
+  index, count = sharding.host_rows(run.mesh, run.config.training.batch_size)
+  return {"host_index": index, "host_count": count}

@@ -1,0 +1,140 @@
+"""Where the numbers of a run go: a JSONL file, TensorBoard, the terminal."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+import time
+
+import tqdm
+
+from longnet_jax.training import workdir as workdir_lib
+
+
+def metrics_path(workdir) -> pathlib.Path:
+  """The JSONL file of a run, one record a line with its step."""
+  return pathlib.Path(workdir) / "metrics.jsonl"
+
+
+def read_metrics(workdir) -> list[dict]:
+  """All records of a run in order; a line cut off by a kill is left out."""
+  path = metrics_path(workdir)
+  records = []
+  if path.exists():
+    for line in path.read_text().splitlines():
+      try:
+        records.append(json.loads(line))
+      except json.JSONDecodeError:
+        continue
+  return records
+
+
+class Writer:
+  """Writes records of a run that has done `start` of `total` steps.
+
+  Records past `start`, left by a process that got further than its last
+  checkpoint, are removed: their steps will be done again.
+  """
+
+  def __init__(self, workdir, *, start: int, total: int, stream=None):
+    kept = [r for r in read_metrics(workdir) if r["step"] <= start]
+    path = metrics_path(workdir)
+    lines = [json.dumps(record) + "\n" for record in kept]
+    workdir_lib.write_whole(path, "".join(lines))
+    self._file = path.open("a")
+    self._board = _open_tensorboard(workdir, start)
+    self._progress = Progress(start, total, stream or sys.stdout)
+    self.advance, self.say = self._progress.advance, self._progress.say
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def record(self, step: int, values: dict[str, float]) -> None:
+    """Appends a record and shows it."""
+    self._file.write(json.dumps({"step": step, **values}) + "\n")
+    self._file.flush()
+    if self._board is not None:
+      for name, value in values.items():
+        self._board.add_scalar(name, value, step)
+    self._progress.show(step, values)
+
+  def close(self) -> None:
+    """Closes the files and ends the progress line."""
+    self._progress.close()
+    self._file.close()
+    if self._board is not None:
+      self._board.close()
+
+
+class Progress:
+  """A bar with the time left on a terminal, plain lines elsewhere."""
+
+  def __init__(self, start: int, total: int, stream):
+    self._start, self._total, self._stream = start, total, stream
+    self._began = time.perf_counter()
+    self._bar = None
+    if stream.isatty():
+      self._bar = tqdm.tqdm(
+        initial=start, total=total, file=stream, unit="step", smoothing=0.1
+      )
+
+  def advance(self, step: int) -> None:
+    """Moves the bar to `step`; costs nothing where there is none."""
+    if self._bar is not None:
+      self._bar.update(step - self._bar.n)
+
+  def show(self, step: int, values: dict[str, float]) -> None:
+    """Shows the record of a step."""
+    text = summary(values)
+    if self._bar is not None:
+      self._bar.set_postfix_str(text, refresh=True)
+      return
+    elapsed = time.perf_counter() - self._began
+    left = elapsed / max(step - self._start, 1) * (self._total - step)
+    self.say(f"step {step}/{self._total}  {text}  {duration(left)} left")
+
+  def say(self, text: str) -> None:
+    """Prints a line without disturbing the bar."""
+    if self._bar is not None:
+      self._bar.write(text, file=self._stream)
+    else:
+      print(text, file=self._stream, flush=True)
+
+  def close(self) -> None:
+    """Ends the bar."""
+    if self._bar is not None:
+      self._bar.close()
+
+
+def summary(values: dict[str, float]) -> str:
+  """The few numbers of a record that a person watches."""
+  shown = (
+    ("loss", "loss {:.4f}"),
+    ("validation_bits_per_byte", "validation {:.4f} bits/byte"),
+    ("tokens_per_second", "{:,.0f} tokens/s"),
+    ("flops_per_second", "{:.3g} FLOP/s"),
+    ("share_of_peak", "{:.1%} of peak"),
+  )
+  return "  ".join(
+    form.format(values[name]) for name, form in shown if name in values
+  )
+
+
+def duration(seconds: float) -> str:
+  """3725 -> "1h02m", 75 -> "1m15s"."""
+  minutes, rest = divmod(int(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
+def _open_tensorboard(workdir, start):
+  if importlib.util.find_spec("tensorboardX") is None:
+    return None
+  import tensorboardX
+
+  return tensorboardX.SummaryWriter(
+    str(pathlib.Path(workdir) / "tensorboard"), purge_step=start + 1
+  )

@@ -1,0 +1,176 @@
+"""Everything a run is made of before its first step."""
+
+from collections.abc import Callable
+import dataclasses
+import os
+from typing import Any
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from longnet_jax.data import pipeline, tokenizers
+from longnet_jax.models import transformer
+from longnet_jax.parallel import mesh as mesh_lib
+from longnet_jax.parallel import sharding
+from longnet_jax.training import config as config_lib
+from longnet_jax.training import flops
+from longnet_jax.training import optimizer as optimizer_lib
+from longnet_jax.training import state as state_lib
+from longnet_jax.training import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Data, mesh and compiled functions; all of it follows from the config."""
+
+  config: config_lib.ExperimentConfig
+  tokenizer: tokenizers.Tokenizer
+  train_source: pipeline.Source
+  validation_source: pipeline.Source
+  mesh: jax.sharding.Mesh
+  schedule: optax.Schedule
+  abstract_state: state_lib.TrainState  # shapes, types and shardings
+  init: Callable[[], state_lib.TrainState]
+  train_step: Callable  # (state, batch) -> (state, metrics); takes the state
+  eval_step: Callable  # (params, batch) -> sums of nats, tokens, bytes
+  mixing_step: Callable | None  # (params, batch) -> weight of each branch
+
+  @property
+  def fingerprints(self) -> dict[str, str]:
+    """What a run needs unchanged, beside its config, to go on exactly."""
+    return {
+      "tokenizer": self.tokenizer.fingerprint,
+      "train": self.train_source.fingerprint,
+      "validation": self.validation_source.fingerprint,
+    }
+
+  def place(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
+    """A host's rows of a batch as global arrays on the mesh."""
+    return sharding.place_batch(
+      batch, self.mesh, self.config.training.batch_size
+    )
+
+  def describe(self) -> str:
+    """One line on what is trained, on what."""
+    config = self.config
+    count = state_lib.num_parameters(self.abstract_state.params)
+    tokens = config.training.batch_size * self.train_source.window
+    devices = "device" if self.mesh.size == 1 else "devices"
+    return (
+      f"{config.model.attention} model with {count:,} parameters on "
+      f"{self.mesh.size} {jax.default_backend()} {devices}; {tokens:,} tokens "
+      f"a step in windows of {self.train_source.window}, "
+      f"{self.train_source.num_windows:,} windows an epoch"
+    )
+
+
+def make_run(config: config_lib.ExperimentConfig, tokenizer_path) -> Run:
+  """Builds the data, the model and its steps, or raises ValueError.
+
+  A tokenizer already at `tokenizer_path` is used again, so that a run never
+  depends on training one twice.
+  """
+  tokenizer = make_tokenizer(config, tokenizer_path)
+  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.seq, config.mesh.model)
+  _check_sizes(config, tokenizer, mesh)
+  training, model = config.training, transformer.LongNetLM(config.model)
+  optimizer = optimizer_lib.make_optimizer(config.optimizer)
+
+  def init():
+    return state_lib.init_state(model, optimizer, config.seed)
+
+  abstract = _with_shardings(jax.eval_shape(init), mesh)
+  train_step = step_lib.make_train_step(
+    model,
+    optimizer,
+    loss_chunk=training.loss_chunk,
+    accumulation_steps=training.accumulation_steps,
+  )
+  eval_step = step_lib.make_eval_step(
+    model,
+    jnp.asarray(tokenizer.byte_lengths, jnp.float32),
+    loss_chunk=training.loss_chunk,
+  )
+  mixing_step = None
+  if config.model.attention == "dilated":
+    mixing_step = step_lib.jit_on_batch(
+      step_lib.make_mixing_step(model, mesh.shape["data"]),
+      mesh,
+      abstract.params,
+    )
+  return Run(
+    config=config,
+    tokenizer=tokenizer,
+    train_source=_make_source(config, tokenizer, "train"),
+    validation_source=_make_source(config, tokenizer, "validation"),
+    mesh=mesh,
+    schedule=optimizer_lib.make_schedule(config.optimizer),
+    abstract_state=abstract,
+    init=jax.jit(init, out_shardings=_shardings(abstract)),
+    train_step=step_lib.jit_train_step(train_step, mesh, abstract),
+    eval_step=step_lib.jit_on_batch(eval_step, mesh, abstract.params),
+    mixing_step=mixing_step,
+  )
+
+
+def make_tokenizer(
+  config: config_lib.ExperimentConfig, path
+) -> tokenizers.Tokenizer:
+  """The tokenizer kept at `path`, else the one the data settings ask for."""
+  if os.path.exists(path):
+    return tokenizers.load(path)
+  return pipeline.make_tokenizer(config.data)
+
+
+def flops_per_token(run: Run) -> int:
+  """Model FLOPs of one token of a training step, on average."""
+  window = run.train_source.window
+  return flops.train_flops(run.config.model, window) // window
+
+
+def _make_source(config, tokenizer, split):
+  source = pipeline.make_source(config.data, tokenizer, split)
+  if not source.num_windows:
+    raise ValueError(
+      f"the {split} split of {config.data.dataset} has no window; choose more "
+      f"text or a larger data.{split}_fraction"
+    )
+  return source
+
+
+def _check_sizes(config, tokenizer, mesh):
+  if config.model.vocab_size < tokenizer.vocab_size:
+    raise ValueError(
+      f"model.vocab_size is {config.model.vocab_size} and the "
+      f"{config.data.tokenizer} tokenizer has {tokenizer.vocab_size} ids; "
+      f"choose {tokenizer.vocab_size} or more"
+    )
+  if config.data.window > config.model.position_limit:
+    raise ValueError(
+      f"data.window is {config.data.window} and position="
+      f"{config.model.position!r} numbers {config.model.position_limit} "
+      "positions; choose a shorter window or model.position='rope'"
+    )
+  sharding.check_mesh(
+    mesh,
+    batch_size=config.training.batch_size // config.training.accumulation_steps,
+    length=config.data.window,
+    num_heads=config.model.num_heads,
+  )
+
+
+def _with_shardings(abstract, mesh):
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
+    ),
+    abstract,
+    sharding.shardings_for(abstract, mesh),
+  )
+
+
+def _shardings(abstract) -> Any:
+  return jax.tree.map(lambda leaf: leaf.sharding, abstract)

@@ -1,0 +1,118 @@
+"""The folder of a run: the config it belongs to, and what may change in it.
+
+config.json     every setting of the run
+tokenizer.json  what maps text to tokens
+metrics.jsonl   one record a line
+loss.png        its curves
+checkpoints/    see checkpoint.py
+"""
+
+import fnmatch
+import json
+import os
+import pathlib
+import tempfile
+
+from longnet_jax.training import config as config_lib
+from longnet_jax.training import run as run_lib
+
+# Settings that a later start may change: how far to go, on which devices, and
+# where copies of the data lie. All others shape the parameters or their record.
+_FREE = ("training.steps", "mesh.*", "data.data_dir", "data.cache_dir")
+
+
+def config_path(workdir) -> pathlib.Path:
+  """The JSON file of a run's settings."""
+  return pathlib.Path(workdir) / "config.json"
+
+
+def tokenizer_path(workdir) -> pathlib.Path:
+  """The file of a run's tokenizer."""
+  return pathlib.Path(workdir) / "tokenizer.json"
+
+
+def loss_picture_path(workdir) -> pathlib.Path:
+  """The picture of a run's losses."""
+  return pathlib.Path(workdir) / "loss.png"
+
+
+def read_config(workdir) -> config_lib.ExperimentConfig:
+  """The settings that a workdir was trained with."""
+  path = config_path(workdir)
+  if not path.exists():
+    raise ValueError(
+      f"{workdir} holds no config.json; give the --workdir of a training run"
+    )
+  return config_lib.build(_load(path))
+
+
+def check(workdir, settings: dict) -> None:
+  """Raises unless a run with these settings may start or go on in `workdir`.
+
+  ValueError names each key that differs with both values; OSError says why
+  the folder cannot be written. Nothing is created.
+  """
+  _check_writable(pathlib.Path(workdir))
+  path = config_path(workdir)
+  if not path.exists():
+    return
+  changed = {
+    key: values
+    for key, values in config_lib.differences(_load(path), settings).items()
+    if not any(fnmatch.fnmatch(key, free) for free in _FREE)
+  }
+  if changed:
+    listed = ", ".join(
+      f"{key} was {old!r} and is now {new!r}"
+      for key, (old, new) in changed.items()
+    )
+    raise ValueError(
+      f"{workdir} belongs to a run with another config: {listed}; choose "
+      "another --workdir or the old values"
+    )
+
+
+def write_records(workdir, settings: dict, run: run_lib.Run) -> dict:
+  """Records settings and tokenizer; returns a checkpoint's JSON items."""
+  pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+  write_whole(config_path(workdir), json.dumps(settings, indent=2) + "\n")
+  path = tokenizer_path(workdir)
+  run.tokenizer.save(path)
+  tokenizer = json.loads(path.read_text())
+  return {"config": settings, "tokenizer": tokenizer, "data": run.fingerprints}
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  temporary = path.with_name(path.name + ".tmp")
+  try:
+    temporary.write_text(text)
+    os.replace(temporary, path)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def _load(path):
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is not JSON ({error}); restore it or choose another --workdir"
+    ) from error
+
+
+def _check_writable(folder):
+  """Tries a nameless file in the folder or in what it would be made in."""
+  while not folder.exists():
+    folder = folder.parent
+  if not folder.is_dir():
+    raise ValueError(f"workdir {folder} is a file; choose a folder")
+  try:
+    with tempfile.TemporaryFile(dir=folder) as probe:
+      probe.write(bytes(4096))
+  except OSError as error:
+    raise ValueError(
+      f"cannot write into {folder} ({error.strerror}); choose a --workdir "
+      "that can be written and has space"
+    ) from error

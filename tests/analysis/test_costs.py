@@ -1,0 +1,90 @@
+import math
+
+import numpy as np
+import pytest
+
+from longnet_jax import analysis
+from tests.analysis import oracle
+
+PAPER = ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
+
+
+def test_counts_equal_brute_force():
+  for pattern in oracle.random_patterns(60):
+    masks = oracle.masks(pattern)
+    kept = masks.diagonal(axis1=2, axis2=3)  # (branches, heads, N)
+    for group in (g for g in (1, 2, 3) if pattern.num_heads % g == 0):
+      shared = kept.reshape(len(kept), -1, group, pattern.length).any(2)
+      d, size = 5, 2
+      cost = analysis.cost(
+        pattern,
+        head_dim=d,
+        num_kv_heads=pattern.num_heads // group,
+        itemsize=size,
+      )
+      queries, keys = kept.sum(), shared.sum()
+      assert cost.pairs == masks.sum(), pattern
+      assert cost.forward_flops == masks.sum() * 2 * (d + d)
+      assert cost.backward_flops == masks.sum() * 2 * (5 * d)
+      # q, out, logsumexp; k, v.
+      expected = queries * (2 * d * size + 4) + keys * 2 * d * size
+      assert cost.forward_bytes == expected
+      # q, dO, dq, logsumexp, rowsum; k, v, dk, dv.
+      expected = queries * (3 * d * size + 8) + keys * 4 * d * size
+      assert cost.backward_bytes == expected
+
+
+def test_the_paper_formula_where_everything_divides():
+  pattern = analysis.Pattern(
+    2**30, 16, (2**11, 2**14, 2**30), (1, 4, 16), is_causal=False
+  )
+  cost = analysis.cost(pattern, head_dim=128)
+  share = 2**11 + 2**14 // 4**2 + 2**30 // 16**2
+  assert cost.forward_flops == 4 * 2**30 * 128 * 16 * share
+  assert all(isinstance(number, int) for number in vars(cost).values())
+
+
+def test_dense_costs_every_pair_and_saves_as_much():
+  pattern = analysis.Pattern(32768, 12, *PAPER)
+  ours, dense = analysis.cost(pattern), analysis.cost(analysis.dense(pattern))
+  assert dense.pairs == 12 * 32768 * 32769 // 2
+  assert dense.saved_bytes == ours.saved_bytes
+  assert dense.saved_bytes == 32768 * 12 * (4 * 64 * 2 + 4)
+  assert dense.forward_flops / ours.forward_flops == pytest.approx(7.7, 0.01)
+
+
+def test_the_cache_is_one_ring_a_branch_and_head():
+  pattern = analysis.Pattern(2**20, 12, *PAPER)
+  rows = sum(math.ceil(w / r) for w, r in pattern.branches)
+  expected = rows * 12 * 64 * 2 * 4
+  assert analysis.decode_cache_bytes(pattern, itemsize=4) == expected
+  assert analysis.cost(pattern, itemsize=4).cache_bytes == expected
+  dense = analysis.decode_cache_bytes(analysis.dense(pattern), num_kv_heads=3)
+  assert dense == 2**20 * 3 * 64 * 2 * 2
+
+
+def test_heads_that_share_keys_and_a_phase_share_a_ring():
+  pattern = analysis.Pattern(64, 4, (8, 64), (1, 2))
+  rings = {1: 1 * 8 + 2 * 32, 2: 2 * 8 + 4 * 32, 4: 4 * 8 + 4 * 32}
+  for kv_heads, rows in rings.items():
+    size = analysis.decode_cache_bytes(
+      pattern, head_dim=1, num_kv_heads=kv_heads, itemsize=1
+    )
+    assert size == 2 * rows
+
+
+def test_the_ring_holds_what_a_query_may_read():
+  for pattern in oracle.random_patterns(40):
+    most = [
+      mask.sum(-1).max() for branch in oracle.masks(pattern) for mask in branch
+    ]
+    size = analysis.decode_cache_bytes(pattern, head_dim=1, itemsize=1)
+    assert size >= 2 * np.sum(most)
+
+
+def test_bad_sizes_are_refused():
+  pattern = analysis.Pattern(8, 4, (8,), (1,))
+  with pytest.raises(ValueError, match="num_kv_heads is 3"):
+    analysis.cost(pattern, num_kv_heads=3)
+  with pytest.raises(ValueError, match="head_dim is 0"):
+    analysis.decode_cache_bytes(pattern, head_dim=0)

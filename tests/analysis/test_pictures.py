@@ -1,0 +1,78 @@
+from matplotlib import image as mpl_image
+import numpy as np
+import pytest
+
+from longnet_jax import analysis
+from longnet_jax.analysis import pattern as pattern_lib
+from longnet_jax.analysis import pictures
+
+PATTERN = analysis.Pattern(12, 3, (4, 12), (1, 3))
+DRAWINGS = {
+  "branches": analysis.draw_branches,
+  "heads": analysis.draw_heads,
+  "union": analysis.draw_union,
+  "reach": analysis.draw_reach,
+}
+
+
+def cells(axes):
+  """Returns the image under the axes' first layer."""
+  return np.asarray(axes.images[0].get_array())
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_picture_is_written(name, tmp_path):
+  path = tmp_path / f"{name}.png"
+  DRAWINGS[name](PATTERN, path)
+  pixels = mpl_image.imread(path)
+  assert min(pixels.shape[:2]) > 400
+  colors = np.unique(pixels[..., :3].reshape(-1, 3), axis=0)
+  assert len(colors) > 10
+  background = np.all(pixels[..., :3] == 1, axis=-1)
+  assert 0.1 < background.mean() < 0.8
+
+
+def test_the_overview_is_written(tmp_path):
+  path = tmp_path / "overview.png"
+  figure = pictures.draw_overview(path)
+  assert len(figure.axes) == 8
+  titles = [axes.get_title() for axes in figure.axes]
+  assert titles[1] == "head 0, w = 16, r = 2"
+  assert mpl_image.imread(path)[..., :3].std() > 0.1
+
+
+def test_panels_show_the_masks():
+  figure = analysis.draw_heads(PATTERN, branch=1)
+  assert len(figure.axes) == PATTERN.num_heads + 1
+  assert "w = 12, r = 3" in figure.get_suptitle()
+  for head, axes in enumerate(figure.axes[:-1]):
+    shown = np.any(cells(axes) != cells(axes)[0, -1], axis=-1)
+    mask = pattern_lib.branch_mask(PATTERN, 1, head)
+    np.testing.assert_array_equal(shown, mask)
+    assert axes.get_xlabel() == "key position"
+    assert axes.get_ylabel() == "query position"
+
+
+def test_the_union_shows_counts_and_reach_shows_layers():
+  union = analysis.draw_union(PATTERN).axes[0].images[0].get_array()
+  counts = pattern_lib.multiplicity(PATTERN)
+  np.testing.assert_array_equal(union.filled(0), counts)
+  layers = analysis.draw_reach(PATTERN).axes[0].images[0].get_array()
+  for key in range(PATTERN.length):
+    expected = analysis.hops_from(PATTERN, key)
+    np.testing.assert_array_equal(layers.filled(-1)[:, key], expected)
+
+
+def test_a_pattern_that_reads_nothing_is_drawn():
+  pattern = analysis.Pattern(2, 3, (1,), (5,))
+  analysis.draw_union(pattern)
+  analysis.draw_heads(pattern)
+
+
+def test_what_cannot_be_drawn_is_refused():
+  with pytest.raises(ValueError, match="length is 4096"):
+    analysis.draw_union(analysis.Pattern(4096, 1, (8,), (1,)))
+  with pytest.raises(ValueError, match="head is 3"):
+    analysis.draw_branches(PATTERN, head=3)
+  with pytest.raises(ValueError, match="branch is 2"):
+    analysis.draw_heads(PATTERN, branch=2)

@@ -1,0 +1,53 @@
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import base
+from longnet_jax.models import transformer
+from longnet_jax.training import config as config_lib
+
+NAMES = sorted(
+  path.stem
+  for path in pathlib.Path(base.__file__).parent.glob("*.py")
+  if path.stem != "__init__"
+)
+
+
+def _settings(name):
+  return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_builds_and_its_model_has_shapes(name):
+  config = config_lib.build(_settings(name))
+  model = transformer.LongNetLM(config.model)
+  tokens = jax.ShapeDtypeStruct((1, config.data.window), jnp.int32)
+  with jax.numpy_dtype_promotion("standard"):
+    logits, _ = jax.eval_shape(
+      model.init_with_output, jax.random.key(0), tokens
+    )
+  window, vocabulary = config.data.window, config.model.vocab_size
+  assert logits.shape == (1, window, vocabulary)
+  assert logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_config_adds_a_key_to_base(name):
+  keys = config_lib.flatten(base.get_config().to_dict())
+  assert set(config_lib.flatten(_settings(name).to_dict())) == set(keys)
+
+
+def test_decay_follows_the_steps_unless_set():
+  config = base.get_config()
+  config.training.steps = 10
+  assert config.optimizer.decay_steps == 10
+  config.optimizer.decay_steps = 7
+  assert config.training.steps == 10
+
+
+def test_the_paper_trains_on_half_a_million_tokens_a_step():
+  config = config_lib.build(base.get_config())
+  assert config.training.batch_size * config.data.window == 2**19

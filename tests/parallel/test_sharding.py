@@ -1,0 +1,74 @@
+import jax
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from longnet_jax.models import config as model_config
+from longnet_jax.models import transformer
+from longnet_jax.parallel import mesh as mesh_lib
+from longnet_jax.parallel import sharding
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return mesh_lib.make_mesh(data=2, seq=2, model=2)
+
+
+def test_every_matrix_of_the_model_has_a_rule(mesh):
+  config = model_config.LongNetConfig(
+    vocab_size=32,
+    num_layers=2,
+    model_dim=16,
+    num_heads=4,
+    ffn_dim=32,
+    segment_lengths=(8,),
+    dilation_rates=(1,),
+  )
+  model = transformer.LongNetLM(config)
+  tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
+  params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+  placed = sharding.shardings_for(params, mesh)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = sharding.path_name(path)
+    spec = sharding.spec_for(name, leaf.shape, mesh)
+    is_matrix = name.endswith(("kernel", "embedding", "output"))
+    assert (spec != P()) == is_matrix, name
+  query = placed["layers"]["attention"]["query"]["kernel"].spec
+  assert query == P(None, ("data", "seq"), "model", None)
+
+
+def test_what_does_not_divide_stays_whole(mesh):
+  path = "layers/attention/key/kernel"
+  fsdp = ("data", "seq")
+  assert sharding.spec_for(path, (16, 1, 8), mesh) == P(fsdp, None, None)
+  assert sharding.spec_for(path, (18, 4, 8), mesh) == P(None, "model", None)
+
+
+def test_a_batch_lands_where_it_belongs(mesh):
+  rows = np.arange(4 * 6).reshape(4, 6)
+  placed = sharding.place_batch({"x": rows}, mesh, 4)["x"]
+  np.testing.assert_array_equal(placed, rows)
+  for shard in placed.addressable_shards:
+    assert shard.data.shape == (2, 3)
+    np.testing.assert_array_equal(shard.data, rows[shard.index])
+
+
+def test_one_host_needs_all_rows(mesh):
+  assert sharding.host_rows(mesh, 4) == (0, 1)
+
+
+@pytest.mark.parametrize(
+  "sizes, message",
+  [
+    ((3, 8, 4), "mesh.data is 2 and must divide the 3 rows"),
+    ((4, 9, 4), "mesh.seq is 2 and must divide the 9 positions"),
+    ((4, 8, 5), "mesh.model is 2 and must divide the 5 heads"),
+  ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, sizes, message):
+  batch, length, heads = sizes
+  with pytest.raises(ValueError, match=message):
+    sharding.check_mesh(
+      mesh, batch_size=batch, length=length, num_heads=heads
+    )
+  sharding.check_mesh(mesh, batch_size=4, length=8, num_heads=4)

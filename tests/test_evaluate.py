@@ -1,0 +1,125 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longnet_jax import evaluate
+from longnet_jax.data import config as data_config
+from longnet_jax.data import pipeline
+from longnet_jax.models import config as model_config
+from longnet_jax.models import transformer
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("text")
+  for i in range(30):
+    (folder / f"m{i}.py").write_text(f"x{i} = {i} + 1\n" * 20)
+  data = data_config.DataConfig(
+    folder=str(folder),
+    cache_dir=str(tmp_path_factory.mktemp("cache")),
+    window=16,
+    validation_fraction=0.3,
+    test_fraction=0.3,
+  )
+  config = model_config.LongNetConfig(
+    vocab_size=264,
+    num_layers=1,
+    model_dim=16,
+    num_heads=2,
+    ffn_dim=16,
+    segment_lengths=(8, 16),
+    dilation_rates=(1, 2),
+    max_positions=64,
+    dtype="float32",
+  )
+  model = transformer.LongNetLM(config)
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  params = model.init(jax.random.key(0), tokens)["params"]
+  return config, params, data, pipeline.make_tokenizer(data)
+
+
+@pytest.fixture(scope="module")
+def evaluation(parts):
+  return evaluate.evaluate(*parts, [16, 128], batch_tokens=512, loss_chunk=32)
+
+
+def test_every_token_of_the_split_counts_once_at_each_length(
+  parts, evaluation
+):
+  _, _, data, tokenizer = parts
+  source = pipeline.make_source(data, tokenizer, "test")
+  batches = [
+    source.batch(i, 4, shuffled=False) for i in range(source.num_batches(4))
+  ]
+  tokens = sum(int(b["weights"].sum()) for b in batches)
+  for score in evaluation.by_length.values():
+    assert score.tokens == tokens
+  assert sum(s.tokens for s in evaluation.by_position.values()) == tokens
+
+
+def test_scores_are_those_of_the_logits(parts, evaluation):
+  config, params, data, tokenizer = parts
+  source = pipeline.make_source(data, tokenizer, "test")
+  apply = jax.jit(transformer.LongNetLM(config).apply)
+  nats = 0.0
+  for i in range(source.num_batches(4)):
+    batch = source.batch(i, 4, shuffled=False)
+    logits = apply(
+      {"params": params},
+      batch["tokens"],
+      batch["positions"],
+      batch["segment_ids"],
+    )
+    logs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    chosen = np.take_along_axis(logs, batch["targets"][..., None], -1)[..., 0]
+    nats -= np.sum(chosen * batch["weights"])
+  score = evaluation.by_length[16]
+  np.testing.assert_allclose(score.nats, nats, rtol=1e-5)
+  np.testing.assert_allclose(
+    score.perplexity, np.exp(nats / score.tokens), rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    score.bits_per_byte, nats / np.log(2) / score.bytes, rtol=1e-5
+  )
+
+
+def test_less_text_is_the_same_text_at_each_length(parts):
+  _, _, data, tokenizer = parts
+
+  def covered(length):
+    source = pipeline.make_source(
+      dataclasses.replace(data, window=length), tokenizer, "test"
+    )
+    numbers = evaluate._windows(source, length, 128, 256)
+    rows = [source.batch(n, 1, shuffled=False)["tokens"] for n in numbers]
+    return np.concatenate(rows, axis=1)
+
+  short, long = covered(16), covered(128)
+  assert short.shape == (1, 256)
+  np.testing.assert_array_equal(short, long)
+
+
+def test_buckets_double_up_to_the_length():
+  assert evaluate.position_edges(300).tolist() == [0, 64, 128, 256, 300]
+  assert evaluate.position_edges(10).tolist() == [0, 10]
+
+
+def test_a_length_past_the_positions_is_refused(parts):
+  with pytest.raises(ValueError, match="length is 99999999; position='xpos'"):
+    evaluate.evaluate(*parts, [16, 99_999_999])
+
+
+def test_table_json_and_picture(evaluation, tmp_path):
+  text = evaluate.table(evaluation)
+  assert "a byte trigram reaches" in text
+  assert len(text.splitlines()) == 5 + len(evaluation.by_position)
+  record = evaluate.write(evaluation, tmp_path / "e.json", step=3)
+  assert json.loads((tmp_path / "e.json").read_text()) == record
+  assert record["step"] == 3
+  assert [row["length"] for row in record["lengths"]] == [16, 128]
+  evaluate.draw({"one": record, "two": record}, tmp_path / "e.png")
+  assert (tmp_path / "e.png").stat().st_size > 5000

@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from longnet_jax.training import checkpoint
+from longnet_jax.training import state as state_lib
+
+_RECORDS = {"config": {"model": {}}, "tokenizer": {}, "data": {"train": "ab"}}
+
+
+def _state(step):
+  params = {
+    "layers": {"kernel": jnp.arange(64.0).reshape(8, 8) + step},
+    "bias": jnp.ones(3),
+  }
+  return state_lib.TrainState(
+    step=jnp.asarray(step, jnp.int32),
+    rng=jax.random.key_data(jax.random.key(7)),
+    params=params,
+    opt_state=optax.adamw(1e-3).init(params),
+  )
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+  """Steps 1 to 5 with losses 3, 1, 2, none, 5; two are kept and the best."""
+  workdir = tmp_path_factory.mktemp("series")
+  with checkpoint.Checkpoints(workdir, max_to_keep=2) as checkpoints:
+    for step, loss in enumerate((3.0, 1.0, 2.0, None, 5.0), 1):
+      validation = None if loss is None else {"loss": loss}
+      checkpoints.save(
+        step, _state(step), records=_RECORDS, validation=validation
+      )
+  return workdir
+
+
+def test_latest_and_best_are_kept(series):
+  with checkpoint.open_to_read(series) as checkpoints:
+    assert checkpoints.steps() == [2, 4, 5]
+    assert checkpoints.find() == 5
+    assert checkpoints.find("best") == 2
+    assert checkpoints.metrics(2) == {"loss": 1.0}
+    with pytest.raises(checkpoint.CheckpointError, match="no step 3; .* 2, 4"):
+      checkpoints.find(3)
+
+
+def test_restore_is_exact_on_other_devices(series):
+  devices = np.array(jax.devices()[:4])
+  mesh = jax.sharding.Mesh(devices, ("x",))
+  spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  def target(leaf):
+    where = spread if leaf.shape == (8, 8) else whole
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+  with checkpoint.open_to_read(series) as checkpoints:
+    got = checkpoints.restore(4, jax.tree.map(target, _state(4)))
+    assert checkpoints.restore_json(4, "data") == {"train": "ab"}
+  assert got.params["layers"]["kernel"].sharding == spread
+  jax.tree.map(np.testing.assert_array_equal, got, _state(4))
+
+
+def test_parameters_alone(series):
+  with checkpoint.open_to_read(series) as checkpoints:
+    params = checkpoints.restore_params(2)
+  np.testing.assert_array_equal(
+    params["layers"]["kernel"], _state(2).params["layers"]["kernel"]
+  )
+  assert len(params["bias"].devices()) == 1
+
+
+def test_imported_parameters_need_no_optimizer(tmp_path):
+  params = _state(0).params
+  model = {
+    "vocab_size": 8,
+    "num_layers": 1,
+    "model_dim": 8,
+    "num_heads": 1,
+    "ffn_dim": 8,
+    "segment_lengths": (4,),
+    "dilation_rates": (1,),
+  }
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save_params(params, {"config": {"model": model}})
+  config, got = checkpoint.load_checkpoint(tmp_path)
+  assert config.segment_lengths == (4,)
+  jax.tree.map(np.testing.assert_array_equal, got, params)
+
+
+def test_no_checkpoint_is_said(tmp_path):
+  with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoints"):
+    checkpoint.load_checkpoint(tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_one_line_with_a_way_out(series):
+  data = [
+    path
+    for path in (series / "checkpoints" / "5" / "params").rglob("d/*")
+    if path.is_file()
+  ]
+  for path in data:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+  assert data
+  with checkpoint.open_to_read(series) as checkpoints:
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+      checkpoints.restore_params(5)
+    assert "cannot read checkpoint" in str(caught.value)
+    assert "go on from step 4" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    checkpoints.restore_params(4)

@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from longnet_jax.training import loss
+
+
+@pytest.fixture(scope="module")
+def inputs():
+  keys = jax.random.split(jax.random.key(0), 4)
+  features = jax.random.normal(keys[0], (2, 11, 6))
+  matrix = jax.random.normal(keys[1], (6, 9))
+  targets = jax.random.randint(keys[2], (2, 11), 0, 9)
+  weights = (jax.random.uniform(keys[3], (2, 11)) > 0.3).astype(jnp.float32)
+  return features, matrix, targets, weights
+
+
+def _whole(features, matrix, targets, weights):
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    features @ matrix, targets
+  )
+  return jnp.sum(losses * weights)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 11, 64])
+def test_chunks_change_neither_values_nor_gradients(inputs, chunk):
+  expected, expected_grads = jax.value_and_grad(_whole, argnums=(0, 1))(
+    *inputs
+  )
+  chunked = lambda *x: loss.cross_entropy(*x, chunk=chunk)
+  (total, weight), grads = jax.value_and_grad(
+    chunked, argnums=(0, 1), has_aux=True
+  )(*inputs)
+  np.testing.assert_allclose(total, expected, rtol=1e-6)
+  assert weight == inputs[3].sum()
+  for got, want in zip(grads, expected_grads, strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_token_losses_keep_their_places(inputs):
+  features, matrix, targets, _ = inputs
+  expected = optax.softmax_cross_entropy_with_integer_labels(
+    features @ matrix, targets
+  )
+  got = loss.token_losses(features, matrix, targets, chunk=3)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_all_logits_are_never_in_memory():
+  length, vocabulary = 4096, 512
+  abstract = (
+    jax.ShapeDtypeStruct((1, length, 8), jnp.float32),
+    jax.ShapeDtypeStruct((8, vocabulary), jnp.float32),
+    jax.ShapeDtypeStruct((1, length), jnp.int32),
+    jax.ShapeDtypeStruct((1, length), jnp.float32),
+  )
+  step = jax.grad(
+    lambda *x: loss.cross_entropy(*x, chunk=64)[0], argnums=(0, 1)
+  )
+  memory = jax.jit(step).lower(*abstract).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 4 * length * vocabulary / 4
+
+
+def test_half_precision_features_are_summed_in_float32(inputs):
+  features, matrix, targets, weights = inputs
+  total, weight = loss.cross_entropy(
+    features.astype(jnp.bfloat16), matrix, targets, weights, chunk=4
+  )
+  assert total.dtype == weight.dtype == jnp.float32
+  expected = _whole(features, matrix, targets, weights)
+  np.testing.assert_allclose(total, expected, rtol=2e-2)

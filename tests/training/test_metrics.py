@@ -1,0 +1,100 @@
+import io
+import json
+import sys
+import types
+
+import pytest
+
+from longnet_jax.training import curves, metrics
+
+
+class _Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def test_records_past_the_restored_step_and_torn_lines_go(tmp_path):
+  path = metrics.metrics_path(tmp_path)
+  lines = [json.dumps({"step": s, "loss": 1.0 * s}) for s in (1, 2, 3)]
+  path.write_text("\n".join(lines) + '\n{"step": 4, "lo')
+  with metrics.Writer(tmp_path, start=2, total=9, stream=io.StringIO()) as out:
+    out.record(3, {"loss": 0.5})
+  got = metrics.read_metrics(tmp_path)
+  assert [(r["step"], r["loss"]) for r in got] == [(1, 1.0), (2, 2.0), (3, 0.5)]
+
+
+def test_plain_lines_in_a_file(tmp_path):
+  stream = io.StringIO()
+  with metrics.Writer(tmp_path, start=0, total=4, stream=stream) as out:
+    out.advance(1)
+    out.record(1, {"loss": 2.5, "tokens_per_second": 1234.0})
+  (line,) = stream.getvalue().splitlines()
+  assert line.startswith("step 1/4  loss 2.5000  1,234 tokens/s")
+  assert line.endswith("left")
+
+
+def test_a_bar_with_the_time_left_on_a_terminal(tmp_path):
+  stream = _Terminal()
+  with metrics.Writer(tmp_path, start=2, total=4, stream=stream) as out:
+    out.advance(3)
+    out.record(3, {"loss": 2.5})
+    out.say("hello")
+  shown = stream.getvalue()
+  assert "3/4" in shown
+  assert "loss 2.5000" in shown
+  assert "hello" in shown
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
+  calls = []
+
+  class Board:
+    def __init__(self, folder, purge_step):
+      calls.append((folder, purge_step))
+
+    def add_scalar(self, *scalar):
+      calls.append(scalar)
+
+    def close(self):
+      calls.append("closed")
+
+  fake = types.ModuleType("tensorboardX")
+  fake.SummaryWriter = Board
+  fake.__spec__ = types.SimpleNamespace()
+  monkeypatch.setitem(sys.modules, "tensorboardX", fake)
+  with metrics.Writer(tmp_path, start=2, total=4, stream=io.StringIO()) as out:
+    out.record(3, {"loss": 2.5})
+  folder = str(tmp_path / "tensorboard")
+  assert calls == [(folder, 3), ("loss", 2.5, 3), "closed"]
+
+
+@pytest.mark.parametrize(
+  "seconds, text", [(0, "0m00s"), (75, "1m15s"), (3725, "1h02m")]
+)
+def test_durations(seconds, text):
+  assert metrics.duration(seconds) == text
+
+
+def test_curves_of_several_runs_in_one_picture(tmp_path):
+  workdirs = {}
+  for name in ("longnet", "dense"):
+    workdirs[name] = tmp_path / name
+    workdirs[name].mkdir()
+    with metrics.Writer(
+      workdirs[name], start=0, total=50, stream=io.StringIO()
+    ) as out:
+      for step in range(1, 51):
+        out.record(
+          step, {"loss": 5 / step, "validation_bits_per_byte": 6 / step}
+        )
+  one, two = tmp_path / "one.png", tmp_path / "two.png"
+  curves.draw_losses({"": workdirs["dense"]}, one)
+  curves.draw_losses(workdirs, two)
+  assert one.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+  assert one.read_bytes() != two.read_bytes()
+
+
+def test_smoothing_keeps_the_mean_of_a_line():
+  values = curves.smooth(list(range(100)), share=0.1)
+  assert values[50] == 50
+  assert len(values) == 100

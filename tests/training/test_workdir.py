@@ -1,0 +1,85 @@
+import dataclasses
+import json
+
+import pytest
+
+from longnet_jax.training import config as config_lib
+from longnet_jax.training import workdir
+
+
+@pytest.fixture
+def settings(tiny_settings):
+  return dataclasses.asdict(config_lib.build(tiny_settings()))
+
+
+def _store(folder, settings):
+  workdir.config_path(folder).write_text(json.dumps(settings))
+
+
+def test_the_same_settings_may_go_on(settings, tmp_path):
+  _store(tmp_path, settings)
+  workdir.check(tmp_path, settings)
+  assert workdir.read_config(tmp_path) == config_lib.build(settings)
+
+
+@pytest.mark.parametrize(
+  "group, key, value",
+  [("training", "steps", 99), ("mesh", "seq", 2), ("data", "cache_dir", "x")],
+)
+def test_what_may_change(settings, tmp_path, group, key, value):
+  _store(tmp_path, settings)
+  settings[group][key] = value
+  workdir.check(tmp_path, settings)
+
+
+@pytest.mark.parametrize(
+  "group, key, value",
+  [("data", "seed", 9), ("training", "batch_size", 8), ("model", "ffn_dim", 8)],
+)
+def test_what_may_not(settings, tmp_path, group, key, value):
+  _store(tmp_path, settings)
+  old = settings[group][key]
+  settings[group][key] = value
+  message = f"{group}.{key} was {old} and is now {value}; choose another"
+  with pytest.raises(ValueError, match=message):
+    workdir.check(tmp_path, settings)
+
+
+def test_checking_creates_nothing(settings, tmp_path):
+  workdir.check(tmp_path / "a" / "b", settings)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_refuses_is_named(settings, tmp_path, monkeypatch):
+  def full(**_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(workdir.tempfile, "TemporaryFile", full)
+  with pytest.raises(ValueError, match="cannot write into .* No space left"):
+    workdir.check(tmp_path, settings)
+
+
+def test_a_file_is_no_workdir(settings, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match="is a file; choose a folder"):
+    workdir.check(tmp_path / "file", settings)
+
+
+def test_a_torn_config_is_named(settings, tmp_path):
+  workdir.config_path(tmp_path).write_text('{"seed": ')
+  with pytest.raises(ValueError, match="config.json is not JSON"):
+    workdir.check(tmp_path, settings)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "file"
+  path.write_text("old")
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(workdir.os, "replace", fail)
+  with pytest.raises(OSError):
+    workdir.write_whole(path, "new")
+  assert [p.name for p in tmp_path.iterdir()] == ["file"]
+  assert path.read_text() == "old"
