@@ -3,41 +3,45 @@
 import setuptools
 
 setuptools.setup(
-    name="longnet-jax",
-    version="0.1.0",
-    description="LongNet (arXiv 2307.02486) in JAX: exact dilated attention",
-    license="Apache-2.0",
-    packages=setuptools.find_packages(
-        include=["longnet_jax*", "experiments*", "configs*"]
-    ),
-    python_requires=">=3.11",
-    install_requires=[
-        "absl-py>=2.1",
-        "array-record>=0.8",
-        "flax>=0.12",
-        "grain>=0.2.10",
-        "importlib_resources>=6.0",  # tfds imports it without declaring it
-        "jax>=0.10",
-        "jaxtyping>=0.3",
-        "matplotlib>=3.8",
-        "ml-collections>=1.0",
-        "numpy>=2.0",
-        "optax>=0.2.5",
-        "orbax-checkpoint>=0.11.30",
-        "tensorflow-datasets>=4.9.9",
-        "tokenizers>=0.20",
-        "tqdm>=4.66",
+  name="longnet-jax",
+  version="0.1.0",
+  description="LongNet (arXiv 2307.02486) in JAX: exact dilated attention",
+  license="Apache-2.0",
+  packages=setuptools.find_packages(
+    include=["longnet_jax*", "experiments*", "configs*"]
+  ),
+  python_requires=">=3.11",
+  install_requires=[
+    "absl-py>=2.1",
+    "array-record>=0.8",
+    "flax>=0.12",
+    "grain>=0.2.10",
+    "importlib_resources>=6.0",  # tfds imports it without declaring it
+    "jax>=0.10",
+    "jaxtyping>=0.3",
+    "matplotlib>=3.8",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.30",
+    "tensorflow-datasets>=4.9.9",
+    "safetensors>=0.4",
+    "tokenizers>=0.20",
+    "tqdm>=4.66",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda": ["jax[cuda13]>=0.10"],
+    "tensorboard": ["tensorboardX>=2.6"],
+    "test": [
+      "beartype>=0.19",
+      "hypothesis>=6.100",
+      "ipykernel>=6.29",
+      "nbclient>=0.10",
+      "nbformat>=5.10",
+      "pytest>=8.0",
+      "pytest-xdist>=3.5",
+      "ruff>=0.8",
     ],
-    extras_require={
-        "tpu": ["jax[tpu]>=0.10"],
-        "cuda": ["jax[cuda13]>=0.10"],
-        "tensorboard": ["tensorboardX>=2.6"],
-        "test": [
-            "beartype>=0.19",
-            "hypothesis>=6.100",
-            "pytest>=8.0",
-            "pytest-xdist>=3.5",
-            "ruff>=0.8",
-        ],
-    },
+  },
 )

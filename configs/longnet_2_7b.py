@@ -1,4 +1,4 @@
-"""LongNet with 2.7B parameters at the paper's context of 32K and 0.5M tokens a step.
+"""LongNet of 2.7B parameters at a context of 32K and 0.5M tokens a step.
 
   python -m experiments.train --config=configs/longnet_2_7b.py --workdir=DIR \
     --config.data.folder=CODE --config.mesh.data=DEVICES

@@ -1,6 +1,7 @@
 """How every command starts and fails: flags in, one clear line out."""
 
 from collections.abc import Callable, Sequence
+import shlex
 import sys
 import traceback
 
@@ -34,6 +35,12 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
       sys.exit(130)
 
   app.run(guarded, flags_parser=_parse)
+
+
+def line() -> str:
+  """Returns the command as it was given, for the records it writes."""
+  name = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0])
+  return shlex.join(["python", "-m", name, *sys.argv[1:]])
 
 
 def fail(error: Exception) -> None:

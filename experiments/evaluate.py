@@ -11,7 +11,7 @@ import pathlib
 from absl import flags
 
 from experiments import command
-from longnet_jax import evaluate
+from longnet_jax import evaluate, speed
 from longnet_jax.data import config as data_config
 from longnet_jax.data import tokenizers
 from longnet_jax.training import checkpoint, curves
@@ -75,6 +75,8 @@ def evaluate_workdir(workdir: pathlib.Path, lengths: list[int]) -> dict:
     step=step,
     attention=model.attention,
     trained_window=config.data.window,
+    command=command.line(),
+    hardware=speed.hardware(),
   )
 
 

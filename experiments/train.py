@@ -4,8 +4,7 @@ With neither flag it runs configs/quickstart.py into runs/quickstart. Started
 again it goes on from the last checkpoint in the workdir, exactly.
 
 Exit codes: 0 all steps are done; 1 refused or diverged, with the reason on
-stderr; 2 unknown flags; 128 + n stopped by signal n (143 SIGTERM, 130 Ctrl-C)
-after saving.
+stderr; 128 + n stopped by signal n (143 SIGTERM, 130 Ctrl-C) after saving.
 """
 
 from absl import flags

@@ -9,7 +9,7 @@ The package is a stack; each layer imports only from those above it:
   training    loss, optimizer, step, checkpoints, metrics
   interop     weights of torchscale and Prov-GigaPath
   analysis    FLOPs, reach and pictures of an attention pattern
-  evaluate, sampling, plan    what a trained model is for
+  evaluate, decoding, sampling, plan    what a trained model is for
 
 Shapes are written with one letter an axis: B batch, T positions, N query heads,
 K key/value heads, H head width, D model width, F feed-forward width, V
@@ -19,17 +19,17 @@ vocabulary. Source: Ding et al., arXiv 2307.02486.
 import importlib
 
 _PUBLIC = {
-    "LongNetConfig": "models.config",
-    "LongNetEncoder": "models.transformer",
-    "LongNetLM": "models.transformer",
-    "SlideEncoder": "models.slide_encoder",
-    "attention_fn": "ops.drop_in",
-    "decode_step": "sampling",
-    "dilated_attention": "ops.dilated_attention",
-    "generate": "sampling",
-    "load_checkpoint": "training.checkpoint",
-    "prefill": "sampling",
-    "sequence_parallel_attention": "parallel.sequence",
+  "LongNetConfig": "models.config",
+  "LongNetEncoder": "models.transformer",
+  "LongNetLM": "models.transformer",
+  "SlideEncoder": "models.slide_encoder",
+  "attention_fn": "ops.drop_in",
+  "decode_step": "decoding",
+  "dilated_attention": "ops.dilated_attention",
+  "generate": "sampling",
+  "load_checkpoint": "training.checkpoint",
+  "prefill": "decoding",
+  "sequence_parallel_attention": "parallel.sequence",
 }
 _SUBPACKAGES = ("analysis", "interop")
 
@@ -37,7 +37,7 @@ __all__ = [*_PUBLIC, *_SUBPACKAGES]
 
 
 def __getattr__(name):
-  """Imports a public name on first use, so that `import longnet_jax` is light."""
+  """Imports a public name on first use: `import longnet_jax` stays light."""
   if name in _PUBLIC:
     module = importlib.import_module(f"{__name__}.{_PUBLIC[name]}")
     return getattr(module, name)

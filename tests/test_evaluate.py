@@ -47,9 +47,7 @@ def evaluation(parts):
   return evaluate.evaluate(*parts, [16, 128], batch_tokens=512, loss_chunk=32)
 
 
-def test_every_token_of_the_split_counts_once_at_each_length(
-  parts, evaluation
-):
+def test_every_token_of_the_split_counts_once_at_each_length(parts, evaluation):
   _, _, data, tokenizer = parts
   source = pipeline.make_source(data, tokenizer, "test")
   batches = [

@@ -40,7 +40,9 @@ def test_imports_come_from_the_same_or_an_earlier_layer(path):
 
 
 def test_the_rule_sees_a_violation():
-  assert _layer("longnet_jax.training.loop") > _layer("longnet_jax.ops.dilation")
+  assert _layer("longnet_jax.training.loop") > _layer(
+    "longnet_jax.ops.dilation"
+  )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ops").rglob("*.py")))

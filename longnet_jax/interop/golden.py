@@ -44,7 +44,7 @@ def read(
 def compare(
   config, params: Mapping[str, Any], golden: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-  """Returns the error of each output in `golden`, relative to its largest entry.
+  """Returns each output's largest error relative to its largest entry.
 
   Inputs are tokens for decoders ("logits") and encoders ("encoder_out"), tiles
   and coords for slide encoders ("cls", "pooled", "all_layers_cls"), images for

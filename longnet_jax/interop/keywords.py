@@ -79,7 +79,7 @@ _IGNORED = (
 def convert(config: Mapping[str, Any]) -> model_config.LongNetConfig:
   """Returns the config that torchscale's keyword dictionary describes.
 
-  Activations are float32, phases "blocked" and padding "zeros", as there.
+  Activations are float32; phases are "blocked" and padding is "zeros" as there.
   """
   side = "decoder" if is_decoder(config) else "encoder"
   _check_keys(config, side)
@@ -105,7 +105,9 @@ def convert(config: Mapping[str, Any]) -> model_config.LongNetConfig:
     dilation_rates=rates,
     attention="dilated" if lengths else "dense",
     head_phase="blocked",
-    padding="zeros",
+    # A causal row never sees the padding behind it, and packed documents are
+    # possible with "mask" only.
+    padding="mask" if side == "decoder" else "zeros",
     position="xpos" if switch["xpos_rel_pos"] else "none",
     max_positions=switch["max_positions"],
     norm_position="pre" if pre else "post",
@@ -201,7 +203,6 @@ def check_exportable(
   elif config.kv_heads != config.num_heads:
     problem = f"num_kv_heads={config.num_kv_heads}"
   elif config.attention == "dilated":
-    # A causal row never sees the padding behind it.
     if config.padding != "zeros" and not decoder:
       problem = f"padding={config.padding!r}"
     if not _phases_agree(config):

@@ -123,22 +123,27 @@ class SlideEncoder(nn.Module):
     every = jnp.concatenate([first[None], others])
     return result, self.final_norm(every)
 
-  def features(
+  def outputs(
     self,
     tiles: Float[Array, "B T C"],
     coords: Real[Array, "B T 2"],
     num_tiles: Int[Array, " B"] | None = None,
-  ) -> Float[Array, "B T D"]:
-    """Returns what each tile has become in the context of its slide, float32.
+  ) -> dict[str, Array]:
+    """Returns all that one pass gives, float32.
 
-    Rows of padding are meaningless. Their mean before the final LayerNorm is
-    what pool="mean" normalizes.
+    "cls" (B, D) and "mean" (B, D) are what `__call__` returns; "features"
+    (B, T, D) is what each tile has become in the context of its slide, the
+    final LayerNorm applied. Features of padding are meaningless.
     """
     mask = _real_tiles(num_tiles, tiles.shape[1])
     x = self._embed(tiles, coords, deterministic=True)
     x, _ = self._apply_blocks(x, mask, deterministic=True, collect=None)
-    x = self.encoder_norm(x)[:, 1:].astype(jnp.float32)
-    return self.final_norm(x)
+    x = self.encoder_norm(x)
+    return {
+      "cls": self.final_norm(self._pool(x, mask, "cls")),
+      "mean": self.final_norm(self._pool(x, mask, "mean")),
+      "features": self.final_norm(x[:, 1:].astype(jnp.float32)),
+    }
 
   def _embed(self, tiles, coords, deterministic):
     """Returns the class token and the tiles, (B, 1 + T, D)."""

@@ -24,11 +24,13 @@ class Rows(NamedTuple):
   ids: a query sees the keys of its own id only.
   positions: under causal attention a query sees keys up to its own position.
   hashes: random bits that decide, pair by pair, what dropout removes.
+  segments: a query sees the keys of its own segment only.
   """
 
   ids: Int[Array, " M"] | None = None
   positions: Int[Array, " M"] | None = None
   hashes: UInt32[Array, " M"] | None = None
+  segments: Int[Array, " M"] | None = None
 
 
 def visible(query_rows: Rows, key_rows: Rows) -> Bool[Array, "M n"] | None:
@@ -39,6 +41,9 @@ def visible(query_rows: Rows, key_rows: Rows) -> Bool[Array, "M n"] | None:
   if query_rows.positions is not None:
     past = query_rows.positions[:, None] >= key_rows.positions[None, :]
     mask = past if mask is None else mask & past
+  if query_rows.segments is not None:
+    same = query_rows.segments[:, None] == key_rows.segments[None, :]
+    mask = same if mask is None else mask & same
   return mask
 
 

@@ -30,13 +30,15 @@ class Shape(NamedTuple):
 
   causal: row i sees rows up to i of the same sequence.
   tile: rows of a tile; the sequence is whole tiles.
-  block: query rows that meet a tile of keys at once.
+  block: query rows that meet a tile of keys at once, forward.
+  key_block: key rows that meet a tile of queries at once, backward.
   dropout_rate: share of the probabilities to drop.
   """
 
   causal: bool
   tile: int
   block: int
+  key_block: int
   dropout_rate: float = 0.0
 
 
@@ -51,23 +53,23 @@ def forward(
 ) -> tuple[Float[Array, "R H"], Float[Array, " R"]]:
   """Returns out (R, H) and lse (R,) of a sequence of whole tiles."""
   num_tiles = query.shape[0] // shape.tile
-  keys = (_transpose(key), value, key_rows)
+  keys = (key.T, value, key_rows)
   if num_tiles == 1:
-    return _forward_tile(query, *keys, query_rows, shape, shape.causal)
+    return forward_tile(query, *keys, query_rows, shape, shape.causal)
 
   def one_tile(i):
     queries, rows = _tile((query, query_rows), i, shape.tile)
 
     def step(j, mixed):
       tile = _key_tile(keys, j, shape.tile)
-      found = _forward_tile(queries, *tile, rows, shape, False)
+      found = forward_tile(queries, *tile, rows, shape, False)
       return attention.merge(*mixed, *found)
 
     if shape.causal:
       tile = _key_tile(keys, i, shape.tile)
-      mixed = _forward_tile(queries, *tile, rows, shape, True)
+      mixed = forward_tile(queries, *tile, rows, shape, True)
       return lax.fori_loop(0, i, step, mixed)
-    nothing = jnp.zeros(queries.shape, attention.accumulator(queries.dtype))
+    nothing = jnp.zeros_like(queries, attention.accumulator(queries.dtype))
     nothing = nothing, jnp.full_like(nothing[:, 0], -jnp.inf)
     return lax.fori_loop(0, num_tiles, step, nothing)
 
@@ -92,11 +94,11 @@ def backward(
   A row with lse = +inf takes no part.
   """
   num_tiles = query.shape[0] // shape.tile
-  across = _transpose(query), _transpose(dout)
+  across = transpose(query), transpose(dout)
   down = query, dout, lse, delta, query_rows
   keys = key, value, key_rows
   if num_tiles == 1:
-    dquery_t, dkey, dvalue = _backward_tile(
+    dquery_t, dkey, dvalue = backward_tile(
       across, down, keys, shape, shape.causal
     )
     return dquery_t.T, dkey, dvalue
@@ -106,7 +108,7 @@ def backward(
     queries = tuple(
       lax.dynamic_slice_in_dim(x, i * shape.tile, shape.tile, 1) for x in across
     )
-    dq_t, dk, dv = _backward_tile(
+    dq_t, dk, dv = backward_tile(
       queries,
       _tile(down, i, shape.tile),
       _tile(keys, j, shape.tile),
@@ -130,14 +132,14 @@ def backward(
     )
 
   zeros = tuple(
-    jnp.zeros(x.shape, attention.accumulator(x.dtype))
+    jnp.zeros_like(x, attention.accumulator(x.dtype))
     for x in (across[0], key, value)
   )
   dquery_t, dkey, dvalue = lax.fori_loop(0, num_tiles, one_row, zeros)
   return dquery_t.T, dkey, dvalue
 
 
-def _forward_tile(query, key_t, value, key_rows, query_rows, shape, diagonal):
+def forward_tile(query, key_t, value, key_rows, query_rows, shape, diagonal):
   """Returns (out, lse) of query rows against one tile of keys.
 
   On the diagonal a block of queries meets the keys up to its own end only, so
@@ -164,7 +166,7 @@ def _forward_tile(query, key_t, value, key_rows, query_rows, shape, diagonal):
   return _over_blocks(one_block, (query, query_rows), shape.block, diagonal)
 
 
-def _backward_tile(across, down, keys, shape, diagonal):
+def backward_tile(across, down, keys, shape, diagonal):
   """Returns dquery (H, M), transposed, and dkey, dvalue (n, H) of one tile.
 
   Goes over blocks of keys, so that only dquery accumulates; on the diagonal a
@@ -173,9 +175,9 @@ def _backward_tile(across, down, keys, shape, diagonal):
   query_t, _ = across
   dquery_t = jnp.zeros(query_t.shape, attention.accumulator(query_t.dtype))
   dkey, dvalue = [], []
-  for start in range(0, keys[0].shape[0], shape.block):
+  for start in range(0, keys[0].shape[0], shape.key_block):
     first = start if diagonal else 0
-    key, value, key_rows = _cut(keys, start, start + shape.block)
+    key, value, key_rows = _cut(keys, start, start + shape.key_block)
     query_t, dout_t = (x[:, first:] for x in across)
     query, dout, lse, delta, query_rows = _cut(down, first, None)
     scores = _dot(key, query_t)
@@ -234,8 +236,8 @@ def _dot(a, b):
   return jnp.dot(a, b, preferred_element_type=attention.accumulator(a.dtype))
 
 
-def _transpose(x):
-  # The barrier keeps the compiler from folding the transpose back into dots.
+def transpose(x):
+  """Returns x.T in memory: folded into a product it would be slow there."""
   return lax.optimization_barrier(x.T)
 
 

@@ -15,7 +15,7 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longnet_jax.ops import mixture, reference
+from longnet_jax.ops import mixture, reference, sharded
 from longnet_jax.ops import settings as settings_lib
 
 IMPLEMENTATIONS = ("reference", "xla")
@@ -37,7 +37,7 @@ def dilated_attention(
   mixing_gradient: bool = True,
   dropout_rate: float = 0.0,
   dropout_key: Array | None = None,
-  axis_name: str | None = None,
+  axis_name: str | sharded.Layout | None = None,
   implementation: str | None = None,
   return_residual: bool = False,
 ) -> Float[Array, "B T N H"] | tuple[Array, Float[Array, "B T N"]]:
@@ -68,7 +68,9 @@ def dilated_attention(
       they should; False detaches them as torchscale does.
     dropout_rate: share of attention probabilities to drop; needs dropout_key.
     dropout_key: a JAX random key.
-    axis_name: the mesh axis over which T is sharded, inside `jax.shard_map`.
+    axis_name: the mesh axis over which T is sharded, inside `jax.shard_map`;
+      all arrays but key_value_seq_lengths are then the device's part. Or a
+      `sharded.Layout`, where examples or heads are sharded as well.
     implementation: "xla" (blockwise, the default), or "reference" (dense, for
       tests, O(T^2) memory).
     return_residual: whether to return the logsumexp as well.
@@ -83,6 +85,7 @@ def dilated_attention(
 
   Source: arXiv 2307.02486, section 2.
   """
+  query, key, value = map(jnp.asarray, (query, key, value))
   settings_lib.check_shapes(query, key, value)
   settings = settings_lib.make_settings(
     query.shape[-1],
@@ -103,16 +106,23 @@ def dilated_attention(
       f"implementation is {implementation!r}; use None or one of "
       f"{IMPLEMENTATIONS}"
     )
+  if axis_name is not None and implementation == "reference":
+    raise ValueError(
+      "implementation='reference' cannot be combined with axis_name; use None"
+    )
   seed = None
   if settings.dropout_rate:
     seed = jax.random.bits(dropout_key, dtype=jnp.uint32)
-  if implementation == "reference":
-    attend = reference.attend
+  inputs = query, key, value, key_value_seq_lengths, segment_ids, seed
+  if axis_name is not None:
+    layout = axis_name
+    if not isinstance(layout, sharded.Layout):
+      layout = sharded.Layout(axis_name)
+    out, lse = sharded.attend(settings, layout, inputs)
+  elif implementation == "reference":
+    out, lse = reference.attend(settings, *inputs)
   else:
-    attend = mixture.attend
-  out, lse = attend(
-    settings, query, key, value, key_value_seq_lengths, segment_ids, seed
-  )
+    out, lse = mixture.attend(settings, *inputs)
   out = out.astype(query.dtype)
   return (out, lse) if return_residual else out
 

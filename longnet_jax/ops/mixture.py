@@ -45,34 +45,77 @@ def _attend(settings, *inputs):
 
 def _forward(settings, *inputs):
   """Returns (out, lse) and what the backward pass needs."""
-  problem = _make_problem(settings, *inputs)
-  step = functools.partial(_forward_step, problem)
-  out, lse = _over_windows(problem, step)
+  out, lse = forward(settings, inputs, Part())
   return (out, lse), (*inputs, out, lse)
 
 
 def _backward(settings, residuals, grads):
   """Returns the gradients of the inputs; only query, key, value have any."""
   *inputs, out, lse = residuals
-  problem = _make_problem(settings, *inputs)
-  dout, dlse = grads
+  terms = backward_terms(settings, out, lse, *grads)
+  return *backward(settings, inputs, terms, Part()), None, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+class Part(NamedTuple):
+  """Which part of a whole the inputs are; by default all of it.
+
+  example, position, head: where the first of each lies in the whole.
+  num_heads: heads of the whole; None where the inputs hold them all.
+  branches: the index of each branch in the whole; None for 0, 1, ...
+  dtype: the type of the results; None for that of the query.
+  """
+
+  example: jax.Array | int = 0
+  position: jax.Array | int = 0
+  head: jax.Array | int = 0
+  num_heads: int | None = None
+  branches: tuple[int, ...] | None = None
+  dtype: jnp.dtype | None = None
+
+
+def forward(settings, inputs, part):
+  """Returns out and lse of the mixture of `settings.branches`."""
+  problem = _make_problem(settings, part, *inputs)
+  return _over_windows(problem, functools.partial(_forward_step, problem))
+
+
+def backward(settings, inputs, terms, part):
+  """Returns dquery, dkey, dvalue; the mixture may be a part of a larger one.
+
+  `terms` are `backward_terms` of the whole mixture.
+  """
+  problem = _make_problem(settings, part, *inputs)
+  step = functools.partial(_backward_step, problem, terms)
+  return _over_windows(problem, step)
+
+
+def backward_terms(settings, out, lse, dout, dlse):
+  """Returns dout, the global lse and D: all that a branch's backward needs."""
   delta = -dlse
   if settings.mixing_gradient:
     wide = attention.accumulator(out.dtype)
     delta += (dout.astype(wide) * out.astype(wide)).sum(-1)
   # A row without keys must not take part: exp(s - inf) = 0.
   lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
-  step = functools.partial(_backward_step, problem, (dout, lse, delta))
-  return *_over_windows(problem, step), None, None, None
+  return dout, lse, delta
 
 
-_attend.defvjp(_forward, _backward)
+def product_dtype(dtype: jnp.dtype) -> jnp.dtype:
+  """Returns the type that inputs of `dtype` are multiplied in."""
+  # On CPU bf16 products are slower than float32 ones; float16 overflows.
+  if dtype == jnp.bfloat16 and jax.default_backend() != "cpu":
+    return dtype
+  return attention.accumulator(dtype)
 
 
 class _Problem(NamedTuple):
   """One call: its arrays, and how they are cut."""
 
   settings: tuple
+  part: Part
   query: jax.Array
   key: jax.Array
   value: jax.Array
@@ -84,15 +127,11 @@ class _Problem(NamedTuple):
   dtype: jnp.dtype  # of the products
 
 
-def _make_problem(settings, query, *rest):
-  backend = jax.default_backend()
-  sizes = windows_lib.SIZES.get(backend, windows_lib.SIZES["gpu"])
+def _make_problem(settings, part, query, *rest):
+  sizes = windows_lib.device_sizes()
   windows = windows_lib.plan_windows(settings.branches, query.shape, sizes)
-  # On CPU bf16 products are slower than float32 ones; float16 overflows.
-  dtype = query.dtype
-  if dtype != jnp.bfloat16 or backend == "cpu":
-    dtype = attention.accumulator(dtype)
-  return _Problem(settings, query, *rest, sizes, windows, dtype)
+  dtype = product_dtype(query.dtype)
+  return _Problem(settings, part, query, *rest, sizes, windows, dtype)
 
 
 def _over_windows(problem, step):
@@ -111,8 +150,8 @@ def _over_windows(problem, step):
 
 def _forward_step(problem, step):
   """Returns out and lse of one step's windows, (windows, W, N, ...)."""
-  mixed = None
-  for group in windows_lib.branch_groups(problem.settings.branches):
+
+  def mix(group):
     found = _over_sequences(problem, step, group, _forward_sequences)
     lses = [_put_back(problem, i, lse, -jnp.inf) for i, (_, lse) in found]
     lse = functools.reduce(jnp.logaddexp, lses)
@@ -121,28 +160,53 @@ def _forward_step(problem, step):
       jnp.exp(branch_lse - finite)[..., None] * _put_back(problem, i, out, 0)
       for branch_lse, (i, (out, _)) in zip(lses, found, strict=True)
     )
-    mixed = attention.merge(*mixed, out, lse) if mixed else (out, lse)
-  out, lse = mixed
-  return out.astype(problem.query.dtype), lse
+    return out, lse
+
+  join = lambda mixed, other: attention.merge(*mixed, *other)
+  out, lse = _over_groups(problem, mix, join, (0, -jnp.inf))
+  return out.astype(problem.part.dtype or problem.query.dtype), lse
 
 
 def _backward_step(problem, grads, step):
   """Returns dquery, dkey, dvalue of one step's windows."""
-  totals = (0, 0, 0)
-  for group in windows_lib.branch_groups(problem.settings.branches):
-    run = functools.partial(_backward_sequences, grads=grads)
-    for i, parts in _over_sequences(problem, step, group, run):
-      parts = (_put_back(problem, i, part, 0) for part in parts)
-      totals = [a + b for a, b in zip(totals, parts, strict=True)]
-  dquery, dkey, dvalue = totals
-  dquery = dquery * problem.settings.scale
+  run = functools.partial(_backward_sequences, grads=grads)
 
   def share(x):  # the query heads of one key head add up
     kv_heads = problem.key.shape[2]
     return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).sum(3)
 
-  found = dquery, share(dkey), share(dvalue)
-  return jax.tree.map(lambda x: x.astype(problem.query.dtype), found)
+  def total(group):
+    found = _over_sequences(problem, step, group, run)
+    dquery, dkey, dvalue = (
+      sum(_put_back(problem, i, parts[which], 0) for i, parts in found)
+      for which in range(3)
+    )
+    return dquery * problem.settings.scale, share(dkey), share(dvalue)
+
+  join = lambda total, other: jax.tree.map(jnp.add, total, other)
+  found = _over_groups(problem, total, join, (0, 0, 0))
+  dtype = problem.part.dtype or problem.query.dtype
+  return jax.tree.map(lambda x: x.astype(dtype), found)
+
+
+def _over_groups(problem, run, join, nothing):
+  """Joins `run(group)` over the branch groups, one group after the other.
+
+  In a loop: left to order the groups itself, the compiler keeps the packed
+  rows of all of them in memory. `nothing` is what the arrays start with.
+  """
+  groups = windows_lib.branch_groups(problem.settings.branches)
+  if len(groups) == 1:
+    return run(groups[0])
+  runs = [lambda _, group=group: run(group) for group in groups]
+  start = jax.tree.map(
+    lambda x, fill: lax.full_like(problem.query, fill, x.dtype, x.shape),
+    jax.eval_shape(runs[0], 0),
+    nothing,
+  )
+  return lax.fori_loop(
+    0, len(runs), lambda i, total: join(total, lax.switch(i, runs, i)), start
+  )
 
 
 def _over_sequences(problem, step, group, run):
@@ -150,9 +214,8 @@ def _over_sequences(problem, step, group, run):
   windows, sizes = problem.windows, problem.sizes
   num_heads = problem.query.shape[2]
   found = []
-  phases = [_phase(problem, i) for i in range(len(problem.settings.branches))]
   for sequences in windows_lib.plan_sequences(
-    problem.settings.branches, group, windows, phases, sizes
+    problem.settings.branches, group, windows, num_heads, sizes
   ):
     together = windows_lib.sequences_together(sequences, sizes)
     table = windows_lib.chunk(sequences.table, together)
@@ -192,11 +255,16 @@ def _put_back(problem, branch, packed, fill):
 
 
 def _phase(problem, branch):
-  return dilation.phases(
-    problem.query.shape[2],
+  """Returns the phase of each head, (N,)."""
+  num_heads, part = problem.query.shape[2], problem.part
+  phases = dilation.phases(
+    part.num_heads or num_heads,
     problem.settings.branches[branch][1],
     problem.settings.head_phase,
   )
+  if part.num_heads is None:
+    return phases
+  return lax.dynamic_slice_in_dim(jnp.asarray(phases), part.head, num_heads)
 
 
 class _Located(NamedTuple):
@@ -213,9 +281,11 @@ def _locate(problem, step, sequences, table):
   """Finds the rows of the sequences that the lines of `table` describe."""
   batch, length, num_heads, _ = problem.query.shape
   windows, settings = problem.windows, problem.settings
-  branch, window, start, segment, rate, head, phase = (
+  branch, window, start, segment, rate, head = (
     table[:, i, None] for i in range(table.shape[1])
   )
+  phases = [_phase(problem, i) for i in range(len(settings.branches))]
+  phase = jnp.stack([jnp.asarray(x, jnp.int32) for x in phases])[branch, head]
   window = step * windows.per_step + window
   example = window // windows.per_example
   origin = window % windows.per_example * windows.length + start
@@ -239,15 +309,23 @@ def _locate(problem, step, sequences, table):
     ids = jnp.zeros_like(row)
   if problem.lengths is not None:
     ends = problem.lengths[jnp.minimum(example, batch - 1)]
-    seen = seen & (position < ends)
+    seen = seen & (problem.part.position + position < ends)
   if ids is not None:
     key_ids = jnp.where(seen, ids, attention.HIDDEN_KEY)
     ids = jnp.where(inside, ids, attention.HIDDEN_QUERY)
   hashes = key_hashes = None
   if problem.seed is not None:
+    part = problem.part
+    if part.branches is not None:
+      branch = jnp.asarray(part.branches)[branch]
+    coordinates = (
+      branch,
+      part.example + example,
+      part.head + head,
+      part.position + position,
+    )
     hashes, key_hashes = (
-      attention.row_bits(problem.seed, branch, example, head, position, side)
-      for side in (0, 1)
+      attention.row_bits(problem.seed, *coordinates, side) for side in (0, 1)
     )
   return _Located(
     row * num_heads + head,
@@ -289,6 +367,7 @@ def _shape(problem, sequences):
     causal=problem.settings.is_causal,
     tile=sequences.tile,
     block=problem.sizes.block,
+    key_block=problem.sizes.key_block,
     dropout_rate=problem.settings.dropout_rate,
   )
 

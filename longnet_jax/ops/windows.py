@@ -10,6 +10,7 @@ whose sequences have equally many rows share one compiled loop.
 import math
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from longnet_jax.ops import dilation
@@ -18,7 +19,8 @@ from longnet_jax.ops import dilation
 class Sizes(NamedTuple):
   """Sizes that a sweep chose for one kind of device; results do not depend.
 
-  block: query rows that meet a tile of keys at once.
+  block: query rows that meet a tile of keys at once, forward.
+  key_block: key rows that meet a tile of queries at once, backward.
   tile: rows of a tile when a sequence is cut into several.
   whole: sequences of at most so many rows are not cut.
   scores: scores in flight, which decides how many sequences run together.
@@ -26,6 +28,7 @@ class Sizes(NamedTuple):
   """
 
   block: int
+  key_block: int
   tile: int
   whole: int
   scores: int
@@ -33,10 +36,21 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-  "cpu": Sizes(block=320, tile=2048, whole=4096, scores=2**19, window=2**23),
-  "gpu": Sizes(block=512, tile=2048, whole=2048, scores=2**29, window=2**28),
-  "tpu": Sizes(block=512, tile=2048, whole=2048, scores=2**27, window=2**27),
+  "cpu": Sizes(
+    block=256, key_block=320, tile=2048, whole=4096, scores=2**19, window=2**23
+  ),
+  "gpu": Sizes(
+    block=512, key_block=512, tile=2048, whole=2048, scores=2**29, window=2**28
+  ),
+  "tpu": Sizes(
+    block=512, key_block=512, tile=2048, whole=2048, scores=2**27, window=2**27
+  ),
 }
+
+
+def device_sizes() -> Sizes:
+  """Returns the sizes for the devices that JAX runs on."""
+  return SIZES.get(jax.default_backend(), SIZES["gpu"])
 
 
 class Windows(NamedTuple):
@@ -73,8 +87,8 @@ class Sequences(NamedTuple):
 
   rows: rows of each, padding included; a multiple of `tile`.
   branches: (index of the branch, number of its sequences), in order.
-  table: int32 (sequences, 7): branch, window of the step, start of the
-    segment in its window, segment length, rate, head, phase.
+  table: int32 (sequences, 6): branch, window of the step, start of the
+    segment in its window, segment length, rate, head.
   """
 
   rows: int
@@ -83,14 +97,14 @@ class Sequences(NamedTuple):
   table: np.ndarray
 
 
-def plan_sequences(branches, group, windows, phases, sizes):
+def plan_sequences(branches, group, windows, num_heads, sizes):
   """Returns the sequences of some branches, by their number of rows.
 
   Args:
     branches: all branches (w, r).
     group: indices of the branches to plan.
     windows: the `Windows`.
-    phases: for each branch the phase of each head.
+    num_heads: N.
     sizes: the `Sizes`.
   """
   classes = {}
@@ -107,8 +121,7 @@ def plan_sequences(branches, group, windows, phases, sizes):
       np.arange(0, windows.length, w)[:, None],
       w,
       r,
-      np.arange(len(phases[index])),
-      phases[index],
+      np.arange(num_heads),
     )
     table = np.stack(columns, axis=-1).reshape(-1, len(columns))
     classes.setdefault((rows, tile), []).append((index, table))

@@ -137,6 +137,8 @@ class Checkpoints:
       **{name: ocp.args.JsonSave(value) for name, value in records.items()},
     )
     with self._writing():
+      self._manager.wait_until_finished()
+      self._check_space(state)
       self._manager.save(
         step, args=ocp.args.Composite(**items), metrics=validation
       )
@@ -191,6 +193,16 @@ class Checkpoints:
     with self._writing():
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
+
+  def _check_space(self, tree):
+    """Raises OSError where the disk may not hold the arrays of a tree.
+
+    Twice their bytes: orbax writes shares of a process and then joins them.
+    """
+    size = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    free = shutil.disk_usage(self.folder).free
+    if free < size:
+      raise OSError(f"it needs {size:,} bytes and the disk has {free:,} left")
 
   def _remove_unfinished(self):
     """Removes what a failed write has left; a full disk gets its space back."""

@@ -74,7 +74,9 @@ def make_run(config: config_lib.ExperimentConfig, tokenizer_path) -> Run:
   depends on training one twice.
   """
   tokenizer = make_tokenizer(config, tokenizer_path)
-  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.seq, config.mesh.model)
+  mesh = mesh_lib.make_mesh(
+    config.mesh.data, config.mesh.seq, config.mesh.model
+  )
   _check_sizes(config, tokenizer, mesh)
   training, model = config.training, transformer.LongNetLM(config.model)
   optimizer = optimizer_lib.make_optimizer(config.optimizer)

@@ -68,7 +68,5 @@ def test_one_host_needs_all_rows(mesh):
 def test_a_mesh_that_does_not_fit_is_refused(mesh, sizes, message):
   batch, length, heads = sizes
   with pytest.raises(ValueError, match=message):
-    sharding.check_mesh(
-      mesh, batch_size=batch, length=length, num_heads=heads
-    )
+    sharding.check_mesh(mesh, batch_size=batch, length=length, num_heads=heads)
   sharding.check_mesh(mesh, batch_size=4, length=8, num_heads=4)

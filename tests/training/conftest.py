@@ -59,9 +59,7 @@ def tiny_settings(text_folder, tmp_path_factory):
       eval_batches=2,
       checkpoint_every=2,
     )
-    config.optimizer.update(
-      learning_rate=1e-2, warmup_steps=1, decay_steps=100
-    )
+    config.optimizer.update(learning_rate=1e-2, warmup_steps=1, decay_steps=100)
     for key, value in changes.items():
       group, _, name = key.partition("__")
       config[group][name] = value

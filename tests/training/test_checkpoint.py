@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,3 +116,20 @@ def test_a_damaged_checkpoint_is_one_line_with_a_way_out(series):
     assert "go on from step 4" in str(caught.value)
     assert "\n" not in str(caught.value)
     checkpoints.restore_params(4)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+  usage = shutil.disk_usage(tmp_path)._replace(free=100)
+  monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+  with pytest.raises(
+    checkpoint.CheckpointError, match="cannot write .* disk has 100 left"
+  ):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+      checkpoints.save(1, _state(1), records=_RECORDS)
+  assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_an_unfinished_write_is_removed(tmp_path):
+  with checkpoint.Checkpoints(tmp_path):
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
+  assert not list((tmp_path / "checkpoints").iterdir())

@@ -37,9 +37,7 @@ def _count(config, length):
       earlier = key // block < query // block
       total += np.sum((key <= query) & (same | (shown & earlier)))
       continue
-    for w, r in zip(
-      config.segment_lengths, config.dilation_rates, strict=True
-    ):
+    for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True):
       group = -(-config.num_heads // r)
       phase = {"interleaved": head % r, "blocked": head // group}
       kept = positions % w % r == phase[config.head_phase]

@@ -7,9 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from longnet_jax.training import checkpoint
+from longnet_jax.training import checkpoint, loop, metrics, report
 from longnet_jax.training import config as config_lib
-from longnet_jax.training import loop, metrics, report
 from longnet_jax.training import run as run_lib
 from longnet_jax.training import workdir as workdir_lib
 

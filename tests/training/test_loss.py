@@ -26,9 +26,7 @@ def _whole(features, matrix, targets, weights):
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 11, 64])
 def test_chunks_change_neither_values_nor_gradients(inputs, chunk):
-  expected, expected_grads = jax.value_and_grad(_whole, argnums=(0, 1))(
-    *inputs
-  )
+  expected, expected_grads = jax.value_and_grad(_whole, argnums=(0, 1))(*inputs)
   chunked = lambda *x: loss.cross_entropy(*x, chunk=chunk)
   (total, weight), grads = jax.value_and_grad(
     chunked, argnums=(0, 1), has_aux=True

@@ -39,9 +39,7 @@ def whole(tiny_settings, standard_promotion):
   ],
   ids=str,
 )
-def test_how_a_batch_is_computed_does_not_matter(
-  whole, tiny_settings, changes
-):
+def test_how_a_batch_is_computed_does_not_matter(whole, tiny_settings, changes):
   state, metrics = _one_step(tiny_settings(**changes))
   for name, value in whole[1].items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5)

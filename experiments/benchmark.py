@@ -1,0 +1,129 @@
+"""Speed and memory of attention: python -m experiments.benchmark.
+
+Sweeps the length, forward and forward+backward, LongNet beside dense attention
+in one process, and writes DIR/benchmark_BACKEND.json and .png. A core leaves
+the sweep where memory ends or where one run would pass --max_seconds, and the
+table says so.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from experiments import command
+from longnet_jax import speed
+from longnet_jax.analysis import speed_pictures
+
+_LENGTHS = flags.DEFINE_list(
+  "lengths", ["2048", "4096", "8192", "16384", "32768"], "lengths in tokens"
+)
+_MODES = flags.DEFINE_list("modes", list(speed.MODES), "what is timed")
+_HEADS = flags.DEFINE_integer("heads", 12, "attention heads")
+_HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "width of a head")
+_SEGMENTS = flags.DEFINE_list(
+  "segment_lengths", ["2048", "4096", "8192", "16384", "32768"], "w of branches"
+)
+_RATES = flags.DEFINE_list(
+  "dilation_rates", ["1", "2", "4", "6", "12"], "r of branches"
+)
+_CAUSAL = flags.DEFINE_bool("causal", True, "whether a row sees its past only")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", ["float32", "bfloat16", "float16"], "type of the inputs"
+)
+_BATCH = flags.DEFINE_integer("batch", 1, "sequences at once", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs", lower_bound=1)
+_MAX_SECONDS = flags.DEFINE_float(
+  "max_seconds", 60.0, "a core whose next run would take longer is left out"
+)
+_OUT = flags.DEFINE_string("out", "runs/benchmark", "folder to write to")
+
+
+def main(_) -> None:
+  """Sweeps, prints a table, writes JSON and a picture."""
+  setting = speed.Setting(
+    _HEADS.value,
+    _HEAD_DIM.value,
+    _ints("segment_lengths", _SEGMENTS.value),
+    _ints("dilation_rates", _RATES.value),
+    _CAUSAL.value,
+    _DTYPE.value,
+    _BATCH.value,
+  )
+  lengths = sorted(set(_ints("lengths", _LENGTHS.value)))
+  for mode in _MODES.value:
+    if mode not in speed.MODES:
+      raise ValueError(f"--modes holds {mode!r}; use some of {speed.MODES}")
+  out = pathlib.Path(_OUT.value)
+  out.mkdir(parents=True, exist_ok=True)
+  records = [r for mode in _MODES.value for r in _sweep(setting, lengths, mode)]
+  hardware = speed.hardware()
+  stem = out / f"benchmark_{hardware['backend']}"
+  document = {
+    "command": command.line(),
+    "hardware": hardware,
+    "setting": vars(setting),
+    "records": records,
+  }
+  stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+  speed_pictures.draw_speed(document, stem.with_suffix(".png"))
+  print(f"wrote {stem}.json and {stem}.png")
+
+
+def _sweep(setting, lengths, mode):
+  """Returns the records of one mode, printing each as it comes."""
+  print(f"\n{mode}, {setting.num_heads} heads of {setting.head_dim}, ", end="")
+  print(f"{setting.dtype}, {'causal' if setting.is_causal else 'full'}")
+  print(
+    f"{'length':>9}  {'core':<17}{'seconds':>9}{'us/token':>10}"
+    f"{'GFLOP/s':>9}{'of matmul':>11}{'of peak':>9}{'temp KB/token':>15}"
+  )
+  records, expected = [], dict.fromkeys(speed.cores(setting, 1), 0.0)
+  for length in lengths:
+    names = [n for n, s in expected.items() if s <= _MAX_SECONDS.value]
+    for record in speed.measure(
+      setting, length, names=names, mode=mode, repeats=_REPEATS.value
+    ):
+      print(_line(record, setting.batch), flush=True)
+      records.append(record)
+      if "skipped" in record:
+        expected.pop(record["core"])
+        continue
+      power = 1 if record["core"] == "LongNet" else 2
+      following = min((n for n in lengths if n > length), default=0)
+      expected[record["core"]] = (
+        record["seconds"] * (following / length) ** power
+      )
+    for name in [n for n, s in expected.items() if s > _MAX_SECONDS.value]:
+      print(
+        f"{'':>9}  {name:<17}stops here: the next length would take "
+        f"{expected.pop(name):.0f} s a run (--max_seconds)"
+      )
+  return records
+
+
+def _line(record, batch):
+  start = f"{record['length']:>9}  {record['core']:<17}"
+  if "skipped" in record:
+    return f"{start}stops here: {record['skipped']}"
+  tokens = batch * record["length"]
+  peak = record["share_of_peak"]
+  return (
+    f"{start}{record['seconds']:>9.3f}{record['microseconds_per_token']:>10.1f}"
+    f"{record['useful_flops_per_second'] / 1e9:>9.0f}"
+    f"{record['share_of_matmul']:>11.0%}"
+    f"{f'{peak:.0%}' if peak else '-':>9}"
+    f"{record['temporary_bytes'] / tokens / 1000:>15.1f}"
+  )
+
+
+def _ints(name, texts):
+  if not texts or not all(t.isdigit() and int(t) for t in texts):
+    raise ValueError(
+      f"--{name} is {','.join(texts)!r}; give positive ints such as 2048,4096"
+    )
+  return tuple(int(t) for t in texts)
+
+
+if __name__ == "__main__":
+  command.run(main)

@@ -1,0 +1,140 @@
+"""Rebuilds the README's tables and pictures: python -m experiments.report.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; its figures
+come from the JSON in docs/ that the command named beneath it wrote. With
+--check nothing is written, and a README that differs is an error.
+"""
+
+import json
+import pathlib
+import re
+
+from absl import flags
+
+from experiments import command
+from longnet_jax.analysis import pictures, speed_pictures
+from longnet_jax.training import curves
+
+_CHECK = flags.DEFINE_bool("check", False, "only compare the README's tables")
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main(_) -> None:
+  """Rewrites README.md and the pictures, or checks the tables."""
+  readme = ROOT / "README.md"
+  text = readme.read_text()
+  rebuilt = rebuild(text)
+  if _CHECK.value:
+    if rebuilt != text:
+      raise ValueError(
+        "README.md differs from docs/; run python -m experiments.report"
+      )
+    return
+  readme.write_text(rebuilt)
+  pictures.draw_overview(DOCS / "pattern.png")
+  for path in sorted(DOCS.glob("benchmark_*.json")):
+    speed_pictures.draw_speed(_read(path.stem), path.with_suffix(".png"))
+  runs = {path.parent.name: path.parent for path in _comparison()}
+  if runs:
+    curves.draw_losses(runs, DOCS / "comparison.png")
+  print(f"wrote {readme} and the pictures in {DOCS}")
+
+
+def rebuild(text: str) -> str:
+  """Returns the README's text with every table made anew."""
+
+  def table(match):
+    name = match[2]
+    if name not in TABLES:
+      raise ValueError(f"no table {name!r}; README may have {sorted(TABLES)}")
+    return f"{match[1]}\n{TABLES[name]()}\n\n{match[3]}"
+
+  return _TABLE.sub(table, text)
+
+
+def _read(stem):
+  return json.loads((DOCS / f"{stem}.json").read_text())
+
+
+def _comparison():
+  return sorted((DOCS / "comparison").glob("*/metrics.jsonl"))
+
+
+def _quickstart():
+  """Bits per byte of the quickstart model beside a byte trigram."""
+  record = _read("quickstart")
+  rows = [
+    (f"LongNet, context {score['length']:,}", f"{score['bits_per_byte']:.3f}")
+    for score in record["lengths"]
+  ]
+  rows.append(("byte trigram", f"{record['trigram_bits_per_byte']:.3f}"))
+  head = ("model", f"bits per byte, {record['split']} split")
+  return _markdown(head, rows) + _source(record)
+
+
+def _benchmark():
+  """Time and memory of attention at each length."""
+  record = _read("benchmark_cpu")
+  rows = []
+  for r in record["records"]:
+    start = (f"{r['length']:,}", r["mode"], r["core"])
+    if "skipped" in r:
+      rows.append((*start, r["skipped"], "", "", ""))
+      continue
+    temporary = r["temporary_bytes"] / r["length"] / record["setting"]["batch"]
+    rows.append(
+      (
+        *start,
+        f"{r['seconds']:.2f}",
+        f"{r['microseconds_per_token']:.0f}",
+        f"{r['share_of_matmul']:.0%}",
+        f"{temporary / 1000:.1f}",
+      )
+    )
+  head = ("length", "mode", "core", "seconds", "µs a token")
+  head += ("of matmul FLOP/s", "temporary KB a token")
+  return _markdown(head, rows) + _source(record)
+
+
+def _slides():
+  """Time and memory of the slide encoder."""
+  rows = []
+  for tiles in ("10k", "100k"):
+    r = _read(f"slide_{tiles}_tiles")
+    rows.append(
+      (
+        f"{r['tiles']:,}",
+        f"{r['parameters']:,}",
+        f"{r['seconds_run']:.0f}",
+        f"{r['peak_gigabytes']:.1f}",
+        f"{r['device']}, {r['cores']} cores",
+      )
+    )
+  head = ("tiles", "parameters", "seconds", "peak GB", "hardware")
+  return _markdown(head, rows)
+
+
+TABLES = {
+  "benchmark": _benchmark,
+  "quickstart": _quickstart,
+  "slides": _slides,
+}
+
+
+def _markdown(head, rows):
+  lines = [head, ["---"] * len(head), *rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _source(record):
+  hardware = record["hardware"]
+  return (
+    f"\n\n`{record['command']}` on {hardware['device']}, "
+    f"{hardware['cpu_cores']} CPU cores, jax {hardware['jax']}."
+  )
+
+
+if __name__ == "__main__":
+  command.run(main)

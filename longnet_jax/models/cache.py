@@ -1,0 +1,144 @@
+"""The keys and values that decoding still needs, and attention over them.
+
+A causal row of a branch (w, r) sees the rows its head keeps of its own segment,
+so of each head only the kept rows of the *current* segment are ever read again:
+a ring of ceil(w / r) rows, where the m-th kept row of any segment goes to slot
+m. Rows come in order, so slots 0..m are those of the current segment, and the
+mask of a row is "slots up to my own" without anything to clear.
+
+    rows = sum_i ceil(w_i / r_i) per head, at any length
+
+Heads that share a key/value head and a phase share a ring; branches do not, as
+a row of two branches is found without a search this way, and with geometric
+rates they hold few rows in common. A dense model is one branch as long as the
+sequence; a sparse one is its local block and the summary columns of all blocks.
+"""
+
+from typing import NamedTuple
+
+from flax import struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+from longnet_jax.models import config as config_lib
+from longnet_jax.ops import dilation
+
+
+@struct.dataclass
+class Cache:
+  """Rotated keys, and values, of every branch, and how far each example is.
+
+  Attributes:
+    keys: for each branch (B, L, S, R, H): layers, streams (distinct key/value
+      head and phase), slots.
+    values: as the keys.
+    position: (B,) int32, tokens read so far: the position of the next one.
+    max_length: positions that there is room for.
+  """
+
+  keys: tuple[Float[Array, "B L S R H"], ...]
+  values: tuple[Float[Array, "B L S R H"], ...]
+  position: Int[Array, " B"]
+  max_length: int = struct.field(pytree_node=False)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the keys and values."""
+    return sum(x.size * x.dtype.itemsize for x in (*self.keys, *self.values))
+
+
+class Branch(NamedTuple):
+  """One store of rows: static.
+
+  length: segment length w, or the block of a sparse model.
+  rate: dilation rate r.
+  summary: 0, or the last columns of every block that this store keeps.
+  kv_heads: of each stream, (S,).
+  phases: of each stream, (S,).
+  members: query heads that read a stream, (S, G), filled up by repetition.
+  places: where each query head is among the members, (N,).
+  """
+
+  length: int
+  rate: int
+  summary: int
+  kv_heads: np.ndarray
+  phases: np.ndarray
+  members: np.ndarray
+  places: np.ndarray
+
+
+def make_cache(
+  config: config_lib.LongNetConfig,
+  batch: int,
+  *,
+  max_length: int | None = None,
+) -> Cache:
+  """Returns an empty cache of `batch` examples.
+
+  Args:
+    config: of the model.
+    batch: examples B.
+    max_length: positions to make room for. Dilated attention needs none: by
+      default its cache serves every position that the encoding can number. The
+      dense and sparse caches grow with it; their default is max_positions.
+  """
+  limit = config.position_limit
+  if max_length is None:
+    bounded = config.attention != "dilated"
+    max_length = min(config.max_positions, limit) if bounded else limit
+  if not 1 <= max_length <= limit:
+    raise ValueError(
+      f"max_length is {max_length}; position={config.position!r} of this model"
+      f" numbers 1 to {limit} positions"
+    )
+  shapes = []
+  for branch in branches(config, max_length):
+    slots = _slots(branch, max_length)
+    streams = len(branch.kv_heads)
+    shapes.append((batch, config.num_layers, streams, slots, config.head_dim))
+
+  def zeros():
+    return tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
+
+  position = jnp.zeros(batch, jnp.int32)
+  return Cache(zeros(), zeros(), position, max_length)
+
+
+def branches(config, max_length):
+  """Returns the branches of a model."""
+  if config.attention == "dense":
+    return (_branch(config, max_length, 1),)
+  if config.attention == "sparse":
+    local = _branch(config, config.sparse_block, 1)
+    if not config.sparse_summary:
+      return (local,)
+    return (local, local._replace(summary=config.sparse_summary))
+  return tuple(
+    _branch(config, w, r)
+    for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True)
+  )
+
+
+def _branch(config, length, rate):
+  heads = np.arange(config.num_heads, dtype=np.int32)
+  kv_head = heads // (config.num_heads // config.kv_heads)
+  phase = dilation.phases(config.num_heads, rate, config.head_phase)
+  streams, stream = np.unique(
+    np.stack([kv_head, phase], axis=1), axis=0, return_inverse=True
+  )
+  readers = [heads[stream.reshape(-1) == s] for s in range(len(streams))]
+  most = max(map(len, readers))
+  members = np.stack([np.resize(reader, most) for reader in readers])
+  # The first of each head's mentions.
+  _, places = np.unique(members, return_index=True)
+  kv_heads, phases = streams.T.astype(np.int32)
+  places = places.astype(np.int32)
+  return Branch(length, rate, 0, kv_heads, phases, members, places)
+
+
+def _slots(branch, max_length):
+  if branch.summary:
+    return -(-max_length // branch.length) * branch.summary
+  return dilation.kept_rows(min(branch.length, max_length), branch.rate)

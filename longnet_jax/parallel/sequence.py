@@ -1,0 +1,107 @@
+"""Dilated attention of a sequence that is split over a mesh axis."""
+
+import jax
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from longnet_jax.ops import dilated_attention, sharded
+
+
+def sequence_parallel_attention(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B T K H"],
+  value: Float[Array, "B T K H"],
+  *,
+  mesh: jax.sharding.Mesh,
+  axis_name: str = "seq",
+  batch_axis: str | None = None,
+  head_axis: str | None = None,
+  key_value_seq_lengths: Int[Array, " B"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  dropout_key: Array | None = None,
+  **options,
+) -> Float[Array, "B T N H"] | tuple[Array, Float[Array, "B T N"]]:
+  """Attends as `dilated_attention`, T split in order over a mesh axis.
+
+  Equal to the single-device result in values and gradients. T need not be a
+  multiple of the devices: it is padded with rows that nothing attends to.
+
+  Args:
+    query: (B, T, N, H).
+    key: (B, T, K, H).
+    value: (B, T, K, H).
+    mesh: the mesh; axes not named below stay with the compiler.
+    axis_name: the axis of `mesh` that T is split over.
+    batch_axis: the axis that B is split over, if that divides it.
+    head_axis: the axis that N and K are split over, if that divides both.
+    key_value_seq_lengths: (B,), as there, of the whole T.
+    segment_ids: (B, T), as there.
+    dropout_key: as there; what is dropped does not depend on the mesh.
+    **options: every other argument of `dilated_attention`.
+
+  Returns:
+    What `dilated_attention` returns, sharded over `axis_name`.
+
+  Raises:
+    ValueError: the mesh has no such axis, or as `dilated_attention`.
+
+  Source: arXiv 2307.02486, section 3.
+  """
+  for name, axis in (
+    ("axis_name", axis_name),
+    ("batch_axis", batch_axis or axis_name),
+    ("head_axis", head_axis or axis_name),
+  ):
+    if axis not in mesh.shape:
+      raise ValueError(
+        f"{name} is {axis!r}; use one of the mesh's axes {tuple(mesh.shape)}"
+      )
+  batch, length = query.shape[:2]
+  padding = -length % mesh.shape[axis_name]
+  if padding and options.get("padding") == "zeros":
+    raise ValueError(
+      f"padding='zeros' needs a length that {mesh.shape[axis_name]} devices "
+      f"divide, not {length}; use padding='mask'"
+    )
+  if padding:
+    if key_value_seq_lengths is None:
+      key_value_seq_lengths = jnp.full((batch,), length)
+    # Rows that were added come after every key.
+    key_value_seq_lengths = jnp.minimum(key_value_seq_lengths, length)
+
+  def pad(x):
+    return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+
+  if batch_axis and batch % mesh.shape[batch_axis]:
+    batch_axis = None
+  heads = query.shape[2], key.shape[2]
+  if head_axis and any(n % mesh.shape[head_axis] for n in heads):
+    head_axis = None
+  rows = P(batch_axis, axis_name)
+  heads = P(batch_axis, axis_name, head_axis)
+  layout = sharded.Layout(axis_name, batch_axis, head_axis)
+
+  def attend(tensors, segment_ids, lengths, dropout_key):
+    return dilated_attention.dilated_attention(
+      *tensors,
+      segment_ids=segment_ids,
+      key_value_seq_lengths=lengths,
+      dropout_key=dropout_key,
+      axis_name=layout,
+      **options,
+    )
+
+  found = jax.shard_map(
+    attend,
+    mesh=mesh,
+    in_specs=(heads, rows, P(batch_axis), P()),
+    out_specs=heads,
+    axis_names={name for name in layout if name},
+  )(
+    jax.tree.map(pad, (query, key, value)),
+    jax.tree.map(pad, segment_ids),
+    key_value_seq_lengths,
+    dropout_key,
+  )
+  return jax.tree.map(lambda x: x[:, :length], found)

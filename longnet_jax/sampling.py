@@ -1,0 +1,152 @@
+"""Text from a language model: prompts in, drawn tokens out."""
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longnet_jax import decoding
+from longnet_jax.models import config as config_lib
+
+
+def generate(
+  config: config_lib.LongNetConfig,
+  params: dict[str, Any],
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  temperature: float = 1.0,
+  top_k: int | None = None,
+  top_p: float = 1.0,
+  stop_tokens: Sequence[int] = (),
+  seed: int = 0,
+  callback: Callable[[int, int], None] | None = None,
+  chunk: int = 512,
+) -> list[np.ndarray]:
+  """Continues prompts, of any lengths, token by token.
+
+  Args:
+    config: of the model.
+    params: of the model.
+    prompts: token ids of each, at least one.
+    max_new_tokens: most tokens to add to each.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: draws among the k likeliest tokens only.
+    top_p: draws among the likeliest tokens that together have this probability.
+    stop_tokens: any of them ends its example and is not returned.
+    seed: of the draws; example b draws the same whatever the others are.
+    callback: called with (example, token) as soon as a token is there.
+    chunk: see `decoding.prefill`.
+
+  Returns:
+    The new tokens of each prompt.
+
+  Raises:
+    ValueError: a setting is out of range, or the positions cannot number the
+      longest prompt and its continuation.
+  """
+  lengths = _check_prompts(config, prompts)
+  _check_settings(config, max_new_tokens, temperature, top_k, top_p)
+  needed = _check_room(config, max(lengths), max_new_tokens)
+  tokens = np.zeros((len(prompts), max(lengths)), np.int32)
+  for row, prompt in zip(tokens, prompts, strict=True):
+    row[: len(prompt)] = prompt
+  # Powers of two, so that prompts of many lengths share one compilation.
+  room = min(1 << (needed - 1).bit_length(), config.position_limit)
+  logits, cache = decoding.prefill(
+    config, params, tokens, lengths, max_length=room, chunk=chunk
+  )
+  draw = functools.partial(
+    _draw,
+    seed=seed,
+    temperature=float(temperature),
+    top_k=config.vocab_size if top_k is None else top_k,
+    top_p=float(top_p),
+  )
+  new = [[] for _ in prompts]
+  active = set(range(len(prompts)))
+  for step in range(max_new_tokens):
+    token = draw(logits, cache.position)
+    if step + 1 < max_new_tokens:
+      # Launched before the token is looked at, so that the device never waits.
+      logits, cache = decoding.decode_step(config, params, cache, token)
+    found = np.asarray(token).tolist()
+    active -= {i for i in active if found[i] in stop_tokens}
+    for i in sorted(active):
+      new[i].append(found[i])
+      if callback:
+        callback(i, found[i])
+    if not active:
+      break
+  return [np.array(ids, np.int32) for ids in new]
+
+
+@jax.jit
+def _draw(logits, position, *, seed, temperature, top_k, top_p):
+  """Returns a token (B,) of each row of logits (B, V)."""
+
+  def draw_one(example, logits, position):
+    key = jax.random.fold_in(jax.random.key(seed), example)
+    key = jax.random.fold_in(key, position)
+    order = jnp.argsort(logits, descending=True)
+    ranked = logits[order] / jnp.where(temperature > 0, temperature, 1.0)
+    shares = jax.nn.softmax(ranked)
+    before = jnp.cumsum(shares) - shares
+    kept = jnp.arange(len(ranked)) < top_k
+    kept &= (before < top_p) | (top_p >= 1)
+    rank = jax.random.categorical(key, jnp.where(kept, ranked, -jnp.inf))
+    return order[jnp.where(temperature > 0, rank, 0)]
+
+  return jax.vmap(draw_one)(jnp.arange(len(logits)), logits, position)
+
+
+def _check_prompts(config, prompts):
+  """Returns the lengths of the prompts."""
+  if not len(prompts):
+    raise ValueError("prompts is empty; give at least one prompt")
+  for i, prompt in enumerate(prompts):
+    if not len(prompt):
+      raise ValueError(f"prompt {i} is empty; begin it with the separator")
+    lowest, highest = np.min(prompt), np.max(prompt)
+    if lowest < 0 or highest >= config.vocab_size:
+      raise ValueError(
+        f"prompt {i} has ids from {lowest} to {highest}; the vocabulary is 0 to"
+        f" {config.vocab_size - 1}"
+      )
+  return [len(prompt) for prompt in prompts]
+
+
+def _check_room(config, longest, max_new_tokens):
+  """Returns the positions that are read: the last new token is not."""
+  limit = config.position_limit
+  numbers = f"position={config.position!r} of this model numbers {limit}"
+  if longest > limit:
+    raise ValueError(
+      f"the longest prompt has {longest} tokens; {numbers}: shorten it"
+    )
+  needed = longest + max_new_tokens - 1
+  if needed > limit:
+    raise ValueError(
+      f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} need"
+      f" {needed} positions; {numbers}: use max_new_tokens of at most"
+      f" {limit - longest + 1}"
+    )
+  return needed
+
+
+def _check_settings(config, max_new_tokens, temperature, top_k, top_p):
+  if max_new_tokens < 1:
+    raise ValueError(
+      f"max_new_tokens is {max_new_tokens}; it must be at least 1"
+    )
+  if temperature < 0:
+    raise ValueError(
+      f"temperature is {temperature}; use 0 for the likeliest token or more"
+    )
+  if top_k is not None and not 1 <= top_k <= config.vocab_size:
+    raise ValueError(f"top_k is {top_k}; use 1 to {config.vocab_size}")
+  if not 0 < top_p <= 1:
+    raise ValueError(f"top_p is {top_p}; use more than 0 and at most 1")

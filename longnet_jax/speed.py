@@ -1,0 +1,210 @@
+"""Speed and memory of attention cores, measured side by side in one process.
+
+A run is interleaved: each repetition times every core once and, before each, a
+plain matrix product, so that what a shared machine does to one it does to
+all. Reported are medians, and "useful" FLOP/s: 4 H for each pair that a head
+scores forward, 14 H forward and backward, over the time.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import os
+import platform
+import statistics
+import time
+
+import jax
+from jax import numpy as jnp
+
+from longnet_jax import analysis
+from longnet_jax.ops import dilated_attention as op
+from longnet_jax.training import flops
+
+MODES = ("forward", "forward+backward")
+_MATMUL = 2048  # rows of the matrix product that is the yardstick
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What is measured: one attention layer without its projections."""
+
+  num_heads: int
+  head_dim: int
+  segment_lengths: tuple[int, ...]
+  dilation_rates: tuple[int, ...]
+  is_causal: bool = True
+  dtype: str = "float32"
+  batch: int = 1
+
+  def pattern(self, length: int) -> analysis.Pattern:
+    """Returns the pattern of LongNet at a length."""
+    return analysis.Pattern(
+      length,
+      self.num_heads,
+      self.segment_lengths,
+      self.dilation_rates,
+      is_causal=self.is_causal,
+    )
+
+
+def cores(setting: Setting, length: int) -> dict[str, Callable]:
+  """Returns the attention functions (query, key, value) -> out by name."""
+  dilated = functools.partial(op.dilated_attention, is_causal=setting.is_causal)
+  jax_dense = functools.partial(
+    jax.nn.dot_product_attention, is_causal=setting.is_causal
+  )
+  found = {
+    "LongNet": functools.partial(
+      dilated,
+      segment_lengths=setting.segment_lengths,
+      dilation_rates=setting.dilation_rates,
+    ),
+    "dense, blockwise": functools.partial(
+      dilated, segment_lengths=(length,), dilation_rates=(1,)
+    ),
+    "dense, jax.nn": jax_dense,
+  }
+  if jax.default_backend() == "gpu":
+    found["dense, cuDNN"] = functools.partial(jax_dense, implementation="cudnn")
+  return found
+
+
+def measure(
+  setting: Setting,
+  length: int,
+  *,
+  names: Sequence[str],
+  mode: str,
+  repeats: int,
+) -> list[dict]:
+  """Measures some cores at one length; a record each.
+
+  A core that does not fit into memory gets a record with `skipped`, the
+  reason, in place of the times.
+  """
+  shape = (setting.batch, length, setting.num_heads, setting.head_dim)
+  records, compiled = [], {}
+  for name, core in cores(setting, length).items():
+    if name not in names:
+      continue
+    records.append({"core": name, "length": length, "mode": mode})
+    try:
+      compiled[name] = _compile(core, shape, setting.dtype, mode, records[-1])
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as e:
+      records[-1]["skipped"] = f"does not compile: {str(e).splitlines()[0]}"
+  tensors = [
+    jax.random.normal(jax.random.key(i), shape, setting.dtype)
+    for i in range(3 if mode == "forward" else 4)
+  ]
+  matmul = functools.partial(jax.jit(jnp.matmul), *_matrices(setting.dtype))
+  _seconds(matmul)
+  times = {name: [] for name in compiled}
+  rates = []
+  for repeat in range(repeats + 1):  # the first warms up
+    for name, run in compiled.items():
+      rate = 2 * _MATMUL**3 / _seconds(matmul)
+      seconds = _seconds(functools.partial(run, *tensors))
+      if repeat:
+        rates.append(rate)
+        times[name].append(seconds)
+  for record in records:
+    if record["core"] in times:
+      seconds = statistics.median(times[record["core"]])
+      record.update(_rates(setting, length, record, seconds, rates))
+  return records
+
+
+def _compile(core, shape, dtype, mode, record):
+  """Returns the compiled core, or raises ValueError if memory is too small."""
+  tensor = jax.ShapeDtypeStruct(shape, dtype)
+  if mode == "forward":
+    lowered = jax.jit(core).lower(tensor, tensor, tensor)
+  else:
+
+    def backward(query, key, value, dout):
+      return jax.vjp(core, query, key, value)[1](dout)
+
+    lowered = jax.jit(backward).lower(tensor, tensor, tensor, tensor)
+  start = time.process_time()
+  compiled = lowered.compile()
+  record["compile_cpu_seconds"] = time.process_time() - start
+  memory = compiled.memory_analysis()
+  record["temporary_bytes"] = memory.temp_size_in_bytes
+  needed = (
+    memory.temp_size_in_bytes
+    + memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+  )
+  free = _free_bytes()
+  if needed > 0.9 * free:
+    raise ValueError(
+      f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    )
+  return compiled
+
+
+def _rates(setting, length, record, seconds, matmul_rates):
+  """Returns the figures of one core at one length."""
+  pattern = setting.pattern(length)
+  if record["core"] != "LongNet":
+    pattern = analysis.dense(pattern)
+  cost = analysis.cost(pattern, head_dim=setting.head_dim)
+  work = cost.forward_flops
+  if record["mode"] != "forward":
+    work += cost.backward_flops
+  rate = setting.batch * work / seconds
+  matmul = statistics.median(matmul_rates)
+  peak = flops.peak_flops()
+  return {
+    "seconds": seconds,
+    "microseconds_per_token": 1e6 * seconds / (setting.batch * length),
+    "useful_flops_per_second": rate,
+    "matmul_flops_per_second": matmul,
+    "share_of_matmul": rate / matmul,
+    "share_of_peak": rate / peak if peak else None,
+  }
+
+
+def hardware() -> dict:
+  """Returns what the figures were measured on."""
+  device = jax.devices()[0]
+  name = device.device_kind
+  if device.platform == "cpu":
+    name = _cpu_name()
+  return {
+    "device": name,
+    "backend": device.platform,
+    "cpu_cores": os.cpu_count(),
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+  }
+
+
+def _cpu_name():
+  try:
+    with open("/proc/cpuinfo") as lines:
+      names = [x.split(":")[1].strip() for x in lines if "model name" in x]
+  except OSError:
+    names = []
+  return names[0] if names else platform.processor() or platform.machine()
+
+
+def _free_bytes():
+  stats = jax.devices()[0].memory_stats()
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _matrices(dtype):
+  return [
+    jax.random.normal(jax.random.key(i), (_MATMUL, _MATMUL), dtype)
+    for i in range(2)
+  ]
+
+
+def _seconds(run):
+  start = time.perf_counter()
+  jax.block_until_ready(run())
+  return time.perf_counter() - start

@@ -1,0 +1,21 @@
+from longnet_jax.analysis import collectives
+
+TEXT = """
+  %a = f32[1,4,8,16]{3,1,0,2} all-gather(%x), replica_groups={{0,1},{2,3}}
+  %b = bf16[4,8]{1,0} reduce-scatter(%y), replica_groups=[2,4]<=[8], x=1
+  %c = f32[3,2]{1,0} collective-permute(%z), source_target_pairs={{0,2},{3,5}}
+  %d = (f32[2]{0}, f32[8]{0}) all-gather-start(%w), replica_groups={{0,1,2,3}}
+  %e = (s32[4]{0}, f32[]) all-reduce(%w, %v), replica_groups={{0,1}}
+  %f = f32[8]{0} add(%d, %c)
+"""
+
+
+def test_reads_what_each_collective_receives():
+  assert collectives.collectives(TEXT) == [
+    ("all-gather", "f32", 2, 4 * 8 * 16 * 4 // 2),
+    ("reduce-scatter", "bf16", 4, 3 * 4 * 8 * 2),
+    ("collective-permute", "f32", 2, 24),
+    ("all-gather", "f32", 4, 24),
+    ("all-reduce", "s32", 2, 16),
+    ("all-reduce", "f32", 2, 4),
+  ]

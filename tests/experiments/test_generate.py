@@ -1,0 +1,97 @@
+"""The command on a tiny model that was never trained."""
+
+import dataclasses
+import json
+import sys
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import base
+from experiments import generate
+from longnet_jax.data import tokenizers
+from longnet_jax.models import config as config_lib
+from longnet_jax.models import transformer
+from longnet_jax.training import checkpoint
+from longnet_jax.training import workdir as workdir_lib
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  config = config_lib.LongNetConfig(
+    vocab_size=264,
+    num_layers=1,
+    model_dim=8,
+    num_heads=2,
+    ffn_dim=8,
+    segment_lengths=(8,),
+    dilation_rates=(2,),
+    max_positions=64,
+    xpos_scale_base=1.0,
+    dtype="float32",
+  )
+  settings = base.get_config()
+  settings.model = dataclasses.asdict(config)
+  settings.data.window = 16
+  settings = settings.to_dict()
+  path = workdir_lib.config_path(folder)
+  path.write_text(json.dumps(settings))
+  tokenizers.ByteTokenizer().save(workdir_lib.tokenizer_path(folder))
+  params = jax.jit(transformer.LongNetLM(config).init)(
+    jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  )["params"]
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    checkpoints.save_params(params, {"config": settings})
+  return folder
+
+
+def _run(capsys, *arguments):
+  """Returns what the command writes to stdout and stderr."""
+  values = flags.FLAGS
+  values.unparse_flags()
+  values([sys.argv[0], *map(str, arguments)])
+  try:
+    generate.main([])
+  finally:
+    for name in values.flags_by_module_dict()[generate.__name__]:
+      values[name.name].unparse()
+  return capsys.readouterr()
+
+
+def test_a_prompt_is_continued_the_same_streamed_or_not(workdir, capsys):
+  settings = (f"--workdir={workdir}", "--prompt=x =", "--max_new_tokens=12")
+  whole = _run(capsys, *settings)
+  assert whole.out.endswith("\n") and len(whole.out) > 1
+  assert "prompt: 4 tokens\n" in whole.err
+  assert "12 tokens in" in whole.err
+  assert "warning" not in whole.err and "stopped" not in whole.err
+  assert _run(capsys, *settings, "--stream").out == whole.out
+  assert _run(capsys, *settings, "--seed=1").out != whole.out
+
+
+def test_a_long_prompt_warns_and_stops_where_positions_end(workdir, capsys):
+  limit = config_lib.LongNetConfig.from_dict(
+    json.loads(workdir_lib.config_path(workdir).read_text())["model"]
+  ).position_limit
+  file = workdir / "prompt.txt"
+  file.write_bytes(b"a" * (limit - 5))
+  written = _run(capsys, f"--workdir={workdir}", f"--prompt_file={file}")
+  assert written.err.count("warning: the prompt is longer than the 16") == 1
+  # The separator is a token, and the last new one is not read.
+  assert "5 tokens in" in written.err
+  assert f"stopped at the last of {limit} positions" in written.err
+  file.write_bytes(b"a" * limit)
+  with pytest.raises(ValueError, match=f"the prompt has {limit + 1} tokens"):
+    _run(capsys, f"--workdir={workdir}", f"--prompt_file={file}")
+
+
+def test_what_is_missing_is_said(workdir, capsys):
+  with pytest.raises(ValueError, match="--workdir is missing"):
+    _run(capsys, "--prompt=a")
+  with pytest.raises(ValueError, match="either --prompt or --prompt_file"):
+    _run(capsys, f"--workdir={workdir}")
+  with pytest.raises(ValueError, match="--checkpoint is 'newest'"):
+    _run(capsys, f"--workdir={workdir}", "--prompt=a", "--checkpoint=newest")

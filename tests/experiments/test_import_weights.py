@@ -1,0 +1,146 @@
+"""The commands around imported weights, from file to checkpoint to outputs."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+import longnet_jax
+from longnet_jax.interop import keywords, torchscale
+from longnet_jax.models import config as model_config
+from longnet_jax.models import slide_encoder, transformer
+
+_ROOT = pathlib.Path(__file__).parent.parent.parent
+_GOLDEN = _ROOT / "tests" / "golden"
+_GIGAPATH = json.dumps(
+  {
+    "heads": 8,
+    "slide_ngrids": 50,
+    "segment_lengths": [16, 40, 128, 300, 1024],
+  }
+)
+
+
+def _run(command, *arguments, fails=False, **options):
+  """Runs a command as a user does; returns stdout, or stderr if it fails."""
+  flags = [f"--{name}={value}" for name, value in options.items()]
+  process = subprocess.run(
+    [sys.executable, "-m", f"experiments.{command}", *arguments, *flags],
+    cwd=_ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == (1 if fails else 0), process.stderr
+  return process.stderr if fails else process.stdout
+
+
+def test_slide_encoder_from_pth_to_embedding(tmp_path):
+  workdir = tmp_path / "slide"
+  printed = _run(
+    "import_weights",
+    _GOLDEN / "gigapath_small.pth",
+    kind="gigapath",
+    workdir=workdir,
+    config=_GIGAPATH,
+    check=_GOLDEN / "gigapath_small.npz",
+  )
+  assert "47 tensors, 103,168 parameters" in printed
+  assert printed.count("largest error") == 3
+  config, params = longnet_jax.load_checkpoint(workdir)
+  assert isinstance(config, slide_encoder.SlideEncoderConfig)
+  golden = np.load(_GOLDEN / "gigapath_small.npz")
+  apply = jax.jit(slide_encoder.SlideEncoder(config).apply)
+  found = apply({"params": params}, golden["tiles"], golden["coords"])
+  np.testing.assert_allclose(found, golden["cls"], atol=1e-4)
+
+  out, record = tmp_path / "out.npz", tmp_path / "record.json"
+  _run("encode_slide", workdir=workdir, num_tiles=300, out=out, json=record)
+  outputs = np.load(out)
+  assert outputs["features"].shape == (300, 64)
+  assert outputs["cls"].shape == outputs["mean"].shape == (64,)
+  assert json.loads(record.read_text())["tiles"] == 300
+
+
+def test_decoder_can_be_evaluated(tmp_path):
+  config = model_config.LongNetConfig(
+    vocab_size=264,
+    num_layers=1,
+    model_dim=8,
+    num_heads=2,
+    ffn_dim=16,
+    segment_lengths=(8, 16),
+    dilation_rates=(1, 2),
+    max_positions=64,
+  )
+  abstract = jax.eval_shape(
+    transformer.LongNetLM(config).init,
+    jax.random.key(0),
+    np.zeros((1, 1), np.int32),
+  )["params"]
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), abstract
+  )
+  source, settings = tmp_path / "a.safetensors", tmp_path / "a.json"
+  safetensors_numpy.save_file(torchscale.export(config, params), source)
+  settings.write_text(json.dumps(keywords.export(config, decoder=True)))
+  workdir = tmp_path / "decoder"
+  _run(
+    "import_weights",
+    source,
+    kind="torchscale",
+    workdir=workdir,
+    config=settings,
+  )
+  _, loaded = longnet_jax.load_checkpoint(workdir)
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+  printed = _run("evaluate", workdir=workdir, lengths=32, max_tokens=2000)
+  assert "step 0, test split" in printed
+  result = json.loads((workdir / "evaluation.json").read_text())
+  # Random weights know nothing: about log2(264) bits a byte.
+  assert 7 < result["lengths"][0]["bits_per_byte"] < 10
+
+
+def test_a_wrong_model_is_not_written(tmp_path):
+  golden, workdir = _GOLDEN / "torchscale_encoder.npz", tmp_path / "run"
+  options = dict(kind="torchscale", workdir=workdir, check=golden)
+  message = _run(
+    "import_weights", golden, **options, tolerance=1e-12, fails=True
+  )
+  assert message.startswith("error: encoder_out is off by")
+  assert message.endswith("nothing was written\n")
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  "source, options, message",
+  [
+    ((), {}, "give one file of weights, got none"),
+    (("x.pth",), {"kind": "gigapath"}, "--workdir is missing"),
+    (("x.pth",), {"kind": "gigapath", "workdir": "."}, "x.pth"),
+    (
+      (_GOLDEN / "gigapath_small.pth",),
+      {"kind": "torchscale", "workdir": "nowhere"},
+      "--config is missing: tensors of torchscale do not tell",
+    ),
+  ],
+)
+def test_refuses_in_one_line(source, options, message):
+  error = _run("import_weights", *source, **options, fails=True)
+  assert message in error
+  assert error.startswith("error: ")
+  assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_released_size_runs_at_ten_thousand_tiles(tmp_path):
+  record = tmp_path / "record.json"
+  _run("encode_slide", num_tiles=10_000, json=record)
+  assert json.loads(record.read_text())["parameters"] == 86_330_880

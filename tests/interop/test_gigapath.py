@@ -1,0 +1,144 @@
+"""Prov-GigaPath's slide encoder: same outputs, sizes read from tensors."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from longnet_jax import interop
+from longnet_jax.interop import gigapath, golden
+from longnet_jax.models import slide_encoder
+
+_PTH = pathlib.Path(__file__).parent.parent / "golden" / "gigapath_small.pth"
+
+
+@pytest.fixture(scope="module")
+def small(read_golden):
+  _, config, arrays = read_golden("gigapath_small")
+  return (*gigapath.convert(interop.read_pth(_PTH), config), arrays)
+
+
+def test_both_pools_and_all_layers_match(small):
+  errors = golden.compare(*small)
+  assert sorted(errors) == ["all_layers_cls", "cls", "pooled"]
+  assert max(errors.values()) < 1e-5
+
+
+def test_padded_batches_match_too(small):
+  config, params, arrays = small
+  count = arrays["tiles"].shape[1]
+  extra = ((0, 0), (0, 26), (0, 0))
+  apply = jax.jit(slide_encoder.SlideEncoder(config).apply)
+  found = apply(
+    {"params": params},
+    np.pad(arrays["tiles"], extra, constant_values=9),
+    np.pad(arrays["coords"], extra),
+    np.array([count, count]),
+  )
+  expected = arrays["cls"]
+  error = np.abs(found - expected).max() / np.abs(expected).max()
+  assert error < 1e-5
+
+
+def test_there_and_back_is_the_identity(small):
+  config, params, _ = small
+  state = interop.read_pth(_PTH)
+  again = gigapath.export(config, params)
+  assert again.keys() == state.keys()
+  for name, array in state.items():
+    np.testing.assert_array_equal(again[name], array)
+
+
+def _random_state(depth, width, channels=1536):
+  """A state of the right shapes whose pages are never touched."""
+  config = slide_encoder.SlideEncoderConfig(
+    num_layers=depth,
+    model_dim=width,
+    num_heads=16,
+    ffn_dim=4 * width,
+    segment_lengths=(1024,),
+    dilation_rates=(1,),
+    tile_dim=channels,
+  )
+  names = {}
+  layer = {
+    **{f"self_attn.{x}_proj": (width, width) for x in ("q", "k", "v", "out")},
+    "self_attn.inner_attn_ln": (width,),
+    "self_attn_layer_norm": (width,),
+    "ffn.fc1": (4 * width, width),
+    "ffn.fc2": (width, 4 * width),
+    "ffn.ffn_layernorm": (4 * width,),
+    "final_layer_norm": (width,),
+  }
+  for i in range(depth):
+    names |= {f"encoder.layers.{i}.{k}": shape for k, shape in layer.items()}
+  names |= {
+    "patch_embed.proj": (width, channels),
+    "encoder.layer_norm": (width,),
+    "norm": (width,),
+  }
+  state = {"cls_token": np.zeros((1, 1, width), np.float32)}
+  for name, shape in names.items():
+    state[f"{name}.weight"] = np.zeros(shape, np.float32)
+    state[f"{name}.bias"] = np.zeros(shape[:1], np.float32)
+  return config, state
+
+
+def test_released_size_needs_no_config():
+  _, state = _random_state(12, 768)
+  assert len(state) == 247
+  assert sum(x.size for x in state.values()) == 86_330_880
+  config, params = gigapath.convert(state)
+  assert sum(x.size for x in jax.tree.leaves(params)) == 86_330_880
+  assert (config.num_heads, config.head_dim) == (16, 48)
+  assert config.segment_lengths == (1024, 5792, 32_768, 185_363, 1_048_576)
+  assert config.dilation_rates == (1, 2, 4, 8, 16)
+  assert (config.tile_dim, config.grid_size, config.tile_size) == (
+    1536,
+    1000,
+    256,
+  )
+
+
+@pytest.mark.parametrize("depth, width", gigapath.RELEASED)
+def test_architectures_are_recognized(depth, width):
+  _, state = _random_state(depth, width)
+  config = gigapath.infer_config(state)
+  assert (config.num_layers, config.model_dim) == (depth, width)
+  assert (config.num_heads, config.ffn_dim) == (16, 4 * width)
+
+
+def test_segment_lengths_follow_the_slide_size():
+  _, state = _random_state(12, 768)
+  config = gigapath.infer_config(state, {"max_wsi_size": 65_536})
+  assert config.segment_lengths == (1024, 2896, 8192, 23_170, 65_536)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"head": 8}, "no key 'head'; the nearest is 'heads'"),
+    ({"depth": 3}, "depth is 3 in the config and 2 in the tensors"),
+    ({"heads": 7}, "num_heads must divide model_dim=64, got 7"),
+    ({"dilation_rates": "[1, 2]"}, "dilation_rates has 2 entries"),
+  ],
+)
+def test_refuses_by_name(read_golden, change, message):
+  state, config, _ = read_golden("gigapath_small")
+  with pytest.raises(ValueError, match=message):
+    gigapath.convert(state, config | change)
+
+
+def test_refuses_to_guess_heads(read_golden):
+  state, _, _ = read_golden("gigapath_small")
+  with pytest.raises(ValueError, match="2 layers of width 64 are no released"):
+    gigapath.convert(state)
+  with pytest.raises(ValueError, match="no tensor encoder.layers.0"):
+    gigapath.convert({"w": np.zeros(2)})
+
+
+def test_a_saved_position_table_is_not_needed(read_golden):
+  state, config, _ = read_golden("gigapath_small")
+  table = np.zeros((1, 2501, 64), np.float32)
+  gigapath.convert(state | {"pos_embed": table}, config)

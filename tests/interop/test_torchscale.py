@@ -1,0 +1,131 @@
+"""torchscale's decoders and encoders: same outputs, and back unchanged."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longnet_jax.interop import golden, keywords, torchscale
+from longnet_jax.models import config as config_lib
+from longnet_jax.models import transformer
+
+_NAMES = [f"torchscale_decoder_{i}" for i in range(3)] + ["torchscale_encoder"]
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_outputs_match(read_golden, name):
+  state, config, arrays = read_golden(name)
+  errors = golden.compare(*torchscale.convert(state, config), arrays)
+  assert list(errors) == ["encoder_out" if "encoder" in name else "logits"]
+  assert max(errors.values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_there_and_back_is_the_identity(read_golden, name):
+  state, config, _ = read_golden(name)
+  longnet, params = torchscale.convert(state, config)
+  again = torchscale.export(longnet, params)
+  assert again.keys() == state.keys()
+  for key, array in state.items():
+    np.testing.assert_array_equal(again[key], array)
+    assert again[key].flags.c_contiguous
+  decoder = keywords.is_decoder(config)
+  exported = keywords.export(longnet, decoder=decoder)
+  longnet_again, params_again = torchscale.convert(again, exported)
+  assert longnet_again == longnet
+  jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+def test_a_model_of_ours_goes_there_and_back():
+  config = config_lib.LongNetConfig(
+    vocab_size=7,
+    num_layers=2,
+    model_dim=8,
+    num_heads=2,
+    ffn_dim=12,
+    segment_lengths=(4, 8),
+    dilation_rates=(1, 2),
+    dropout_rate=0.1,
+    dtype="float32",
+  )
+  abstract = jax.eval_shape(
+    transformer.LongNetLM(config).init,
+    jax.random.key(0),
+    jnp.zeros((1, 1), jnp.int32),
+  )["params"]
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(np.float32), abstract
+  )
+  state = torchscale.export(config, params)
+  exported = keywords.export(config, decoder=True)
+  found, again = torchscale.convert(state, exported)
+  # With two heads and rates up to 2 both phases are the same.
+  assert dataclasses.replace(found, head_phase="interleaved") == config
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_every_tensor_is_accounted_for(read_golden):
+  state, config, _ = read_golden("torchscale_decoder_0")
+  bad = dict(state)
+  bad["extra.weight"] = bad.pop("layers.1.ffn.fc1.bias")
+  bad["layer_norm.bias"] = bad["layer_norm.bias"][:5]
+  with pytest.raises(ValueError) as error:
+    torchscale.convert(bad, config)
+  message = str(error.value)
+  assert "[1 missing: layers.1.ffn.fc1.bias]" in message
+  assert "[1 not used: extra.weight]" in message
+  assert "layer_norm.bias is (5,) instead of (32,)" in message
+
+
+def test_half_precision_becomes_float32(read_golden):
+  state, config, _ = read_golden("torchscale_encoder")
+  half = {name: jnp.asarray(x, jnp.bfloat16) for name, x in state.items()}
+  _, params = torchscale.convert(half, config)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+  numbers = {name: np.zeros(x.shape, int) for name, x in state.items()}
+  with pytest.raises(ValueError, match="has type int64; it must be a float"):
+    torchscale.convert(numbers, config)
+
+
+def test_copies_are_checked(read_golden):
+  state, config, _ = read_golden("torchscale_decoder_2")
+  bad = state | {"output_projection.weight": state["embed_tokens.weight"] + 1}
+  with pytest.raises(ValueError, match="differs from embed_tokens.weight"):
+    torchscale.convert(bad, config)
+  without = {k: x for k, x in state.items() if k != "output_projection.weight"}
+  torchscale.convert(without, config)
+
+  state, config, _ = read_golden("torchscale_decoder_0")
+  name = "layers.0.self_attn.xpos.scale"
+  with pytest.raises(ValueError, match=f"{name} is not the scale of xPos"):
+    torchscale.convert(state | {name: state[name] * 2}, config)
+  with pytest.raises(ValueError, match="but xpos_rel_pos is False"):
+    torchscale.convert(state, config | {"xpos_rel_pos": False})
+
+
+@pytest.mark.parametrize(
+  "changes, problem",
+  [
+    ({"head_phase": "interleaved"}, "head_phase='interleaved'"),
+    ({"position": "rope"}, "position='rope'"),
+    ({"num_kv_heads": 2}, "num_kv_heads=2"),
+    ({"attention": "sparse"}, "attention='sparse'"),
+  ],
+)
+def test_refuses_to_export_what_torchscale_lacks(read_golden, changes, problem):
+  state, config, _ = read_golden("torchscale_decoder_0")
+  longnet, params = torchscale.convert(state, config)
+  with pytest.raises(ValueError, match=f"torchscale has no {problem}"):
+    torchscale.export(dataclasses.replace(longnet, **changes), params)
+
+
+def test_refuses_to_export_other_parameters(read_golden):
+  state, config, _ = read_golden("torchscale_decoder_0")
+  longnet, params = torchscale.convert(state, config)
+  bad = params | {"extra": params["output"]}
+  del bad["final_norm"]
+  with pytest.raises(ValueError, match="2 missing: final_norm/bias.*: extra"):
+    torchscale.export(longnet, bad)

@@ -1,0 +1,118 @@
+"""Dilated attention inside Flax's own attention modules."""
+
+import functools
+
+from flax import linen as nn
+from flax import nnx
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+import longnet_jax
+
+BRANCHES = {"segment_lengths": (4, 8), "dilation_rates": (1, 2)}
+
+
+@pytest.fixture(autouse=True)
+def relaxed_promotion():
+  """Flax's own modules promote types and ranks."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
+class LinenModel(nn.Module):
+  attention_fn: object
+
+  @nn.compact
+  def __call__(self, tokens, deterministic=True):
+    x = nn.Embed(16, 8)(tokens)
+    x = x + nn.MultiHeadDotProductAttention(
+      num_heads=2,
+      attention_fn=self.attention_fn,
+      dropout_rate=0.5,
+      deterministic=deterministic,
+    )(nn.LayerNorm()(x))
+    return nn.Dense(16)(x)
+
+
+class NnxModel(nnx.Module):
+  def __init__(self, attention_fn, rngs):
+    self.embed = nnx.Embed(16, 8, rngs=rngs)
+    self.attention = nnx.MultiHeadAttention(
+      num_heads=2,
+      in_features=8,
+      decode=False,
+      attention_fn=attention_fn,
+      rngs=rngs,
+    )
+    self.head = nnx.Linear(8, 16, rngs=rngs)
+
+  def __call__(self, tokens):
+    x = self.embed(tokens)
+    return self.head(x + self.attention(x))
+
+
+TOKENS = jnp.arange(22).reshape(2, 11) % 16
+
+
+def test_linen_model_is_causal_and_learns():
+  model = LinenModel(longnet_jax.attention_fn(**BRANCHES, is_causal=True))
+  params = model.init(jax.random.key(0), TOKENS)
+
+  def loss(params):
+    logits = model.apply(
+      params, TOKENS[:, :-1], False, rngs={"dropout": jax.random.key(1)}
+    )
+    labels = jax.nn.one_hot(TOKENS[:, 1:], 16)
+    return -(jax.nn.log_softmax(logits) * labels).sum(-1).mean()
+
+  step = jax.jit(jax.value_and_grad(loss))
+  first, grads = step(params)
+  for _ in range(20):
+    params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+    last, grads = step(params)
+  assert last < 0.5 * first
+  moved = TOKENS.at[:, 7].add(1) % 16
+  before, after = (model.apply(params, x) for x in (TOKENS, moved))
+  np.testing.assert_array_equal(before[:, :7], after[:, :7])
+  assert (before[:, 7] != after[:, 7]).any()
+
+
+def test_nnx_model_equals_dense_when_one_segment_holds_all():
+  dense = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+  outputs = []
+  for attend in (
+    longnet_jax.attention_fn(
+      segment_lengths=(11,), dilation_rates=(1,), is_causal=True
+    ),
+    lambda q, k, v, **_: dense(q, k, v),
+  ):
+    model = NnxModel(attend, nnx.Rngs(0))
+    value, grads = nnx.value_and_grad(lambda m: (m(TOKENS) ** 2).mean())(model)
+    outputs.append((value, *jax.tree.leaves(grads)))
+  for x, y in zip(*outputs, strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_what_it_cannot_honour_is_refused():
+  attend = longnet_jax.attention_fn(**BRANCHES)
+  x = jnp.ones((1, 8, 2, 4))
+  with pytest.raises(ValueError, match="cannot honour a mask"):
+    attend(x, x, x, mask=jnp.ones((1, 1, 8, 8), bool))
+  with pytest.raises(ValueError, match="query has length 1, key 8"):
+    attend(x[:, :1], x, x)
+  with pytest.raises(ValueError, match="sow_weights"):
+    attend(x, x, x, module=object())
+  with pytest.raises(ValueError, match="dilation_rates has 1 entries"):
+    longnet_jax.attention_fn(segment_lengths=(4, 8), dilation_rates=(1,))
+
+
+def test_more_batch_axes_types_and_precision():
+  attend = longnet_jax.attention_fn(**BRANCHES)
+  x = jax.random.normal(jax.random.key(0), (2, 3, 8, 2, 4))
+  out = attend(x, x, x, precision=jax.lax.Precision.HIGHEST)
+  flat = x.reshape(6, 8, 2, 4)
+  wanted = longnet_jax.dilated_attention(flat, flat, flat, **BRANCHES)
+  np.testing.assert_allclose(out.reshape(flat.shape), wanted, atol=1e-6)
+  assert attend(x, x, x, dtype=jnp.bfloat16).dtype == jnp.bfloat16

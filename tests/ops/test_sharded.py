@@ -1,0 +1,172 @@
+"""What the sharded operation sends, and between whom."""
+
+import functools
+import re
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+import longnet_jax
+from longnet_jax.analysis import collectives
+from longnet_jax.ops import exchange, far, settings
+from longnet_jax.parallel import mesh as mesh_lib
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 4
+
+
+def segment_mates(w, shard, shards):
+  """Returns for each device those that hold rows of a segment of its own."""
+  segment = np.arange(shard * shards) // w
+  held = [set(segment[d * shard : (d + 1) * shard]) for d in range(shards)]
+  return [
+    [e for e in range(shards) if held[d] & held[e]] for d in range(shards)
+  ]
+
+
+@pytest.mark.parametrize("shards, shard", [(2, 6), (4, 5), (6, 4), (8, 4)])
+def test_plans_reach_exactly_who_shares_a_segment(shards, shard):
+  for w in range(1, shards * shard + 1):
+    mates = segment_mates(w, shard, shards)
+    first, last = exchange.sharing(np.arange(shards), w, shard, shards)
+    assert [x[0] for x in mates] == first.tolist()
+    assert [x[-1] for x in mates] == last.tolist()
+    for is_causal in (True, False):
+      plan = exchange.plan(
+        w, shard, shards, is_causal=is_causal, axis_name="seq"
+      )
+      wanted = {
+        (source, d)
+        for d, devices in enumerate(mates)
+        for source in devices
+        if source <= d or not is_causal
+      }
+      if plan.own is None:
+        assert shards % plan.slots == 0
+        assert all(a // plan.slots == b // plan.slots for a, b in wanted)
+      else:
+        assert set().union(*plan.pairs) == wanted
+      if plan.aligned:
+        assert all(len(x) == plan.slots for x in mates)
+
+
+def test_segments_of_whole_shards_talk_in_groups_of_their_size():
+  plan = functools.partial(exchange.plan, is_causal=True, axis_name="seq")
+  for devices in (2, 4, 8):
+    found = plan(devices * 16, 16, 8)
+    assert (found.slots, found.own, found.aligned) == (devices, None, True)
+  found = plan(3 * 16, 16, 8)
+  assert (found.slots, found.own) == (3, 2)
+  assert found.pairs[1] == ((0, 1), (1, 2), (3, 4), (4, 5), (6, 7))
+
+
+def test_the_rows_of_all_shards_are_the_kept_rows():
+  for w, r, length in ((7, 3, 4), (12, 5, 8), (5, 1, 3)):
+    for phase in range(r):
+      position = np.arange(6 * length)
+      kept = position[position % w % r == phase]
+      before = far.ordinal(position, (w, r), phase)
+      np.testing.assert_array_equal(before[kept], np.arange(len(kept)))
+
+
+def compiled(length, segment_lengths, dilation_rates, dtype, gradient):
+  mesh = mesh_lib.make_mesh(seq=8)
+  options = {
+    "segment_lengths": segment_lengths,
+    "dilation_rates": dilation_rates,
+    "is_causal": True,
+  }
+
+  def attend(*tensors):
+    return longnet_jax.sequence_parallel_attention(
+      *tensors, mesh=mesh, **options
+    )
+
+  def loss(*tensors):
+    return attend(*tensors).astype(jnp.float32).sum()
+
+  shapes = [
+    jax.ShapeDtypeStruct((2, length, n, WIDTH), dtype)
+    for n in (HEADS, KV_HEADS, KV_HEADS)
+  ]
+  lowered = jax.jit(jax.grad(loss, (0, 1, 2)) if gradient else attend).lower(
+    *shapes
+  )
+  plans = settings.make_settings(
+    WIDTH,
+    scale=None,
+    head_phase="interleaved",
+    padding="mask",
+    mixing_gradient=True,
+    dropout_rate=0.0,
+    **options,
+  )
+  _, branches = far.plan(
+    plans,
+    length // 8,
+    HEADS,
+    num_heads=HEADS,
+    kv_heads=KV_HEADS,
+    shards=8,
+    axis_name="seq",
+  )
+  size = jnp.dtype(dtype).itemsize
+  return lowered, [
+    far.received_bytes(x, batch=2, head_width=WIDTH, itemsize=size)
+    for x in branches
+  ]
+
+
+def received(lowered):
+  return [
+    x.received
+    for x in collectives.collectives(lowered.compile().as_text())
+    if x.kind in ("all-gather", "collective-permute")
+  ]
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_bytes_are_the_formula_and_do_not_grow_with_the_length(factor):
+  lengths = tuple(factor * w for w in (8, 16, 64))
+  rates = tuple(factor * r for r in (1, 2, 8))
+  lowered, formula = compiled(64 * factor, lengths, rates, jnp.float32, False)
+  # Rows of a shard / rate, times the lanes of both key heads: the rates 2 and
+  # up tell the two query heads of a key head apart.
+  assert formula == [2 * 2 * 2 * 1 * 4 * 8 * 4, 2 * 2 * 2 * 7 * 1 * 8 * 4]
+  assert sorted(received(lowered)) == sorted(formula)
+
+
+def test_segments_of_three_shards_hear_from_two():
+  lowered, formula = compiled(64, (24,), (3,), jnp.float32, False)
+  assert sum(received(lowered)) == sum(formula) == 2 * 4 * 2 * 3 * 8 * 4
+
+
+def test_gradients_are_summed_in_float32_and_gathers_come_first():
+  lowered, formula = compiled(64, (8, 16), (1, 2), jnp.bfloat16, True)
+  text = lowered.as_text()
+  assert re.search(r"all_gather.*xbf16>", text)
+  assert text.index("stablehlo.all_gather") < text.index("stablehlo.while")
+  found = collectives.collectives(lowered.compile().as_text())
+  scattered = [x for x in found if x.kind == "reduce-scatter"]
+  assert [(x.dtype, x.group) for x in scattered] == [("f32", 2)]
+  assert [x.received for x in scattered] == [2 * formula[0]]
+  assert not [x for x in found if x.kind == "all-reduce"]
+
+
+def test_bad_arguments_are_refused():
+  x = jnp.zeros((1, 12, 2, 4))
+  attend = functools.partial(
+    longnet_jax.sequence_parallel_attention,
+    segment_lengths=(6,),
+    dilation_rates=(4,),
+    mesh=mesh_lib.make_mesh(seq=2),
+  )
+  with pytest.raises(ValueError, match="'rows'; use one of .*'seq'"):
+    attend(x, x, x, axis_name="rows")
+  with pytest.raises(ValueError, match="segments of 6 at rate 4"):
+    attend(x, x, x, padding="zeros")
+  with pytest.raises(ValueError, match="that 2 devices divide, not 11"):
+    attend(x[:, :11], x[:, :11], x[:, :11], padding="zeros")
+  with pytest.raises(ValueError, match="cannot be combined with axis_name"):
+    attend(x, x, x, implementation="reference")

@@ -1,0 +1,30 @@
+from longnet_jax import decode_speed
+from longnet_jax.models import config as config_lib
+
+
+def test_a_cache_that_does_not_fit_is_left_out():
+  config = config_lib.LongNetConfig(
+    vocab_size=8,
+    num_layers=1,
+    model_dim=8,
+    num_heads=2,
+    ffn_dim=8,
+    segment_lengths=(8,),
+    dilation_rates=(2,),
+    position="rope",
+    sparse_block=8,
+    sparse_summary=0,
+    dtype="float32",
+  )
+  # Four rows of each head, eight of the local block, and far more if dense.
+  records = decode_speed.measure(
+    config, [1000], repeats=2, max_cache_bytes=1000
+  )
+  found = {record["core"]: record for record in records}
+  assert found["dilated"]["cache_bytes"] == 4 * 2 * 4 * 2 * 4
+  assert found["sparse"]["cache_bytes"] == 8 * 2 * 4 * 2 * 4
+  assert found["dense"]["skipped"] == "its cache is larger than 1000 bytes"
+  assert "seconds" not in found["dense"]
+  for core in ("dilated", "sparse"):
+    rate = found[core]["tokens_per_second"]
+    assert abs(rate * found[core]["seconds"] - 1) < 1e-9
