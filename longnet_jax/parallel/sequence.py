@@ -1,11 +1,14 @@
 """Dilated attention of a sequence that is split over a mesh axis."""
 
+from collections.abc import Sequence
+
 import jax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from longnet_jax.ops import dilated_attention, sharded
+from longnet_jax.ops import dilated_attention, far, sharded
+from longnet_jax.ops import settings as settings_lib
 
 
 def sequence_parallel_attention(
@@ -105,3 +108,61 @@ def sequence_parallel_attention(
     dropout_key,
   )
   return jax.tree.map(lambda x: x[:, :length], found)
+
+
+def received_bytes(
+  query: jax.ShapeDtypeStruct,
+  key: jax.ShapeDtypeStruct,
+  *,
+  mesh: jax.sharding.Mesh,
+  axis_name: str = "seq",
+  segment_lengths: Sequence[int],
+  dilation_rates: Sequence[int],
+  is_causal: bool = False,
+  head_phase: str = "interleaved",
+) -> dict[tuple[int, int], int]:
+  """Returns branch (w, r) -> bytes of keys and values that a device receives.
+
+  The most that any device does, in one forward pass; branches that send
+  nothing are left out. Backward receives as much again, and as many gradients
+  in float32. T must be a multiple of the devices.
+
+  Args:
+    query: shape and type, (B, T, N, H).
+    key: shape and type, (B, T, K, H).
+    mesh: the mesh; B, N and K are not split.
+    axis_name: the axis that T is split over.
+    segment_lengths: as `sequence_parallel_attention`.
+    dilation_rates: as there.
+    is_causal: as there.
+    head_phase: as there.
+  """
+  batch, length, num_heads, width = query.shape
+  settings = settings_lib.make_settings(
+    width,
+    segment_lengths=segment_lengths,
+    dilation_rates=dilation_rates,
+    is_causal=is_causal,
+    scale=None,
+    head_phase=head_phase,
+    padding="mask",
+    mixing_gradient=True,
+    dropout_rate=0.0,
+  )
+  shards = mesh.shape[axis_name]
+  _, branches = far.plan(
+    settings,
+    length // shards,
+    num_heads,
+    num_heads=num_heads,
+    kv_heads=key.shape[2],
+    shards=shards,
+    axis_name=axis_name,
+  )
+  size = key.dtype.itemsize
+  return {
+    branch.branch: far.received_bytes(
+      branch, batch=batch, head_width=width, itemsize=size
+    )
+    for branch in branches
+  }

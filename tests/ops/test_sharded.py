@@ -10,8 +10,9 @@ import pytest
 
 import longnet_jax
 from longnet_jax.analysis import collectives
-from longnet_jax.ops import exchange, far, settings
+from longnet_jax.ops import exchange, far
 from longnet_jax.parallel import mesh as mesh_lib
+from longnet_jax.parallel import sequence
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 4
 
@@ -93,29 +94,9 @@ def compiled(length, segment_lengths, dilation_rates, dtype, gradient):
   lowered = jax.jit(jax.grad(loss, (0, 1, 2)) if gradient else attend).lower(
     *shapes
   )
-  plans = settings.make_settings(
-    WIDTH,
-    scale=None,
-    head_phase="interleaved",
-    padding="mask",
-    mixing_gradient=True,
-    dropout_rate=0.0,
-    **options,
+  return lowered, list(
+    sequence.received_bytes(*shapes[:2], mesh=mesh, **options).values()
   )
-  _, branches = far.plan(
-    plans,
-    length // 8,
-    HEADS,
-    num_heads=HEADS,
-    kv_heads=KV_HEADS,
-    shards=8,
-    axis_name="seq",
-  )
-  size = jnp.dtype(dtype).itemsize
-  return lowered, [
-    far.received_bytes(x, batch=2, head_width=WIDTH, itemsize=size)
-    for x in branches
-  ]
 
 
 def received(lowered):

@@ -29,7 +29,7 @@ CASES = {
   "ragged": (30, 2, RAGGED, ("segment_ids", "key_value_seq_lengths")),
   "detached": (
     32,
-    1,
+    2,
     {**EVEN, "mixing_gradient": False, "dropout_rate": 0.3},
     ("dropout_key",),
   ),
@@ -96,11 +96,7 @@ MATRIX = [
 ]
 
 
-@pytest.mark.parametrize("case, is_causal, devices", MATRIX)
-def test_equals_one_device(case, is_causal, devices):
-  mesh = mesh_lib.make_mesh(seq=devices)
-  attend = functools.partial(longnet_jax.sequence_parallel_attention, mesh=mesh)
-  found = results(attend, case, is_causal)
+def check(found, case, is_causal):
   for name, x, y in zip(
     ("out", "lse", "dquery", "dkey", "dvalue"),
     found,
@@ -108,3 +104,20 @@ def test_equals_one_device(case, is_causal, devices):
     strict=True,
   ):
     np.testing.assert_allclose(x, y, atol=5e-6, rtol=5e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("case, is_causal, devices", MATRIX)
+def test_equals_one_device(case, is_causal, devices):
+  mesh = mesh_lib.make_mesh(seq=devices)
+  attend = functools.partial(longnet_jax.sequence_parallel_attention, mesh=mesh)
+  check(results(attend, case, is_causal), case, is_causal)
+
+
+def test_examples_and_heads_may_be_split_as_well():
+  attend = functools.partial(
+    longnet_jax.sequence_parallel_attention,
+    mesh=mesh_lib.make_mesh(data=2, seq=2, model=2),
+    batch_axis="data",
+    head_axis="model",
+  )
+  check(results(attend, "detached", True), "detached", True)
