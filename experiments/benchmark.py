@@ -1,9 +1,10 @@
-"""Speed and memory of attention: python -m experiments.benchmark.
+"""Speed and memory: python -m experiments.benchmark [--mode=decode].
 
 Sweeps the length, forward and forward+backward, LongNet beside dense attention
 in one process, and writes DIR/benchmark_BACKEND.json and .png. A core leaves
 the sweep where memory ends or where one run would pass --max_seconds, and the
-table says so.
+table says so. --mode=decode measures a decoding step instead, against the
+context that was read, and writes DIR/decode_BACKEND.json and .png.
 """
 
 import json
@@ -11,14 +12,20 @@ import pathlib
 
 from absl import flags
 
-from experiments import command
+from experiments import benchmark_decode, command
 from longnet_jax import speed
 from longnet_jax.analysis import speed_pictures
 
 _LENGTHS = flags.DEFINE_list(
   "lengths", ["2048", "4096", "8192", "16384", "32768"], "lengths in tokens"
 )
-_MODES = flags.DEFINE_list("modes", list(speed.MODES), "what is timed")
+_MODE = flags.DEFINE_enum(
+  "mode", "attention", ["attention", "decode"], "what is measured"
+)
+_PASSES = flags.DEFINE_list(
+  "passes", list(speed.MODES), "of --mode=attention: which are timed"
+)
+_LAYERS = flags.DEFINE_integer("layers", 4, "layers of --mode=decode")
 _HEADS = flags.DEFINE_integer("heads", 12, "attention heads")
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "width of a head")
 _SEGMENTS = flags.DEFINE_list(
@@ -51,12 +58,23 @@ def main(_) -> None:
     _BATCH.value,
   )
   lengths = sorted(set(_ints("lengths", _LENGTHS.value)))
-  for mode in _MODES.value:
+  for mode in _PASSES.value:
     if mode not in speed.MODES:
-      raise ValueError(f"--modes holds {mode!r}; use some of {speed.MODES}")
+      raise ValueError(f"--passes holds {mode!r}; use some of {speed.MODES}")
   out = pathlib.Path(_OUT.value)
   out.mkdir(parents=True, exist_ok=True)
-  records = [r for mode in _MODES.value for r in _sweep(setting, lengths, mode)]
+  if _MODE.value == "decode":
+    benchmark_decode.run(
+      setting,
+      lengths,
+      num_layers=_LAYERS.value,
+      repeats=_REPEATS.value,
+      out=out,
+    )
+    return
+  records = [
+    r for mode in _PASSES.value for r in _sweep(setting, lengths, mode)
+  ]
   hardware = speed.hardware()
   stem = out / f"benchmark_{hardware['backend']}"
   document = {

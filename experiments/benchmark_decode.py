@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 import json
 import pathlib
-import sys
 
+from experiments import command
 from longnet_jax import decode_speed, speed
 from longnet_jax.models import config as config_lib
 
@@ -52,7 +52,7 @@ def run(
   hardware = speed.hardware()
   stem = out / f"decode_{hardware['backend']}"
   document = {
-    "command": " ".join(["python -m experiments.benchmark", *sys.argv[1:]]),
+    "command": command.line(),
     "hardware": hardware,
     "setting": vars(setting) | {"num_layers": num_layers},
     "records": records,

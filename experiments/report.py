@@ -98,6 +98,11 @@ def _benchmark():
   return _markdown(head, rows) + _source(record)
 
 
+def _sample():
+  """A text of the quickstart model, after the command that made it."""
+  return f"```\n{(DOCS / 'sample.txt').read_text().rstrip()}\n```"
+
+
 def _slides():
   """Time and memory of the slide encoder."""
   rows = []
@@ -119,6 +124,7 @@ def _slides():
 TABLES = {
   "benchmark": _benchmark,
   "quickstart": _quickstart,
+  "sample": _sample,
   "slides": _slides,
 }
 

@@ -91,6 +91,8 @@ def measure(
     records.append({"core": name, "length": length, "mode": mode})
     try:
       compiled[name] = _compile(core, shape, setting.dtype, mode, records[-1])
+    except MemoryError as error:
+      records[-1]["skipped"] = str(error)
     except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as e:
       records[-1]["skipped"] = f"does not compile: {str(e).splitlines()[0]}"
   tensors = [
@@ -116,7 +118,7 @@ def measure(
 
 
 def _compile(core, shape, dtype, mode, record):
-  """Returns the compiled core, or raises ValueError if memory is too small."""
+  """Returns the compiled core, or raises MemoryError if it would not fit."""
   tensor = jax.ShapeDtypeStruct(shape, dtype)
   if mode == "forward":
     lowered = jax.jit(core).lower(tensor, tensor, tensor)
@@ -138,7 +140,7 @@ def _compile(core, shape, dtype, mode, record):
   )
   free = _free_bytes()
   if needed > 0.9 * free:
-    raise ValueError(
+    raise MemoryError(
       f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
     )
   return compiled

@@ -21,6 +21,7 @@ _LINE = re.compile(
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA_GROUP = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_MESH_GROUP = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
 
 
 class Collective(NamedTuple):
@@ -75,4 +76,9 @@ def _read(line, match):
 def _group_size(line):
   if match := _IOTA_GROUP.search(line):
     return int(match[2])
+  if match := _MESH_GROUP.search(line):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+    # A part of an axis is written 'name':(devices before)size.
+    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
+    return math.prod(int(part or sizes[name]) for name, part in axes)
   return len(_GROUP.search(line)[1].split(","))

@@ -222,7 +222,7 @@ def _panels(count, columns=None):
   columns = columns or min(count, 5)
   rows = -(-count // columns)
   figure = mpl_figure.Figure(
-    figsize=(2.7 * columns, 2.9 * rows + 0.2), layout="constrained"
+    figsize=(2.7 * columns, 3.1 * rows + 0.8), layout="constrained"
   )
   grid = figure.subplots(rows, columns, squeeze=False).flat
   for axes in grid[count:]:

@@ -16,7 +16,7 @@ _STYLES = {
 def draw_speed(document: dict, path: str | os.PathLike) -> mpl_figure.Figure:
   """Draws what `experiments.benchmark` measured and writes it to `path`.
 
-  The legend gives the slope of each line over its last two lengths: 1 is
+  The legend gives each slope of the time over the last two lengths: 1 is
   linear, 2 quadratic.
   """
   records = [r for r in document["records"] if "seconds" in r]
@@ -57,7 +57,7 @@ def _draw(axes, records, key, unit, title):
       continue
     lengths, values = np.array(points).T
     label = name
-    if len(points) > 1 and min(values[-2:]) > 0:
+    if key == "seconds" and len(points) > 1:
       slope = np.diff(np.log(values[-2:])) / np.diff(np.log(lengths[-2:]))
       label = f"{name} (slope {slope[0]:.2f})"
     axes.plot(lengths, values, color=color, marker=marker, label=label)

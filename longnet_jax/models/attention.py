@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import layers
 from longnet_jax.ops import dilated_attention, rotary, sparse_attention
+from longnet_jax.parallel import sequence
 
 
 class AttentionFn(Protocol):
@@ -30,11 +31,20 @@ class AttentionFn(Protocol):
     """Returns the attended values; rows of other segments are not seen."""
 
 
-def make_attention_fn(config: config_lib.LongNetConfig) -> AttentionFn:
-  """Returns the core that `config.attention` names."""
+def make_attention_fn(
+  config: config_lib.LongNetConfig, mesh: jax.sharding.Mesh | None = None
+) -> AttentionFn:
+  """Returns the core that `config.attention` names.
+
+  With a mesh of several devices the dilated and the dense one work on arrays
+  that lie over it; the sparse one is left to the compiler.
+  """
+  attend = dilated_attention.dilated_attention
+  if mesh is not None and mesh.size > 1:
+    attend = sequence.over_mesh(mesh)
   if config.attention == "dilated":
     return functools.partial(
-      dilated_attention.dilated_attention,
+      attend,
       segment_lengths=config.segment_lengths,
       dilation_rates=config.dilation_rates,
       head_phase=config.head_phase,
@@ -47,7 +57,7 @@ def make_attention_fn(config: config_lib.LongNetConfig) -> AttentionFn:
       block=config.sparse_block,
       summary=config.sparse_summary,
     )
-  return _dense_attention
+  return functools.partial(_dense_attention, attend)
 
 
 def make_mixing_weights_fn(config: config_lib.LongNetConfig):
@@ -118,9 +128,9 @@ class MultiHeadAttention(nn.Module):
     return self.out(attended)
 
 
-def _dense_attention(query, key, value, **options):
+def _dense_attention(attend, query, key, value, **options):
   """One branch as long as the sequence keeps every row: dense, blockwise."""
-  return dilated_attention.dilated_attention(
+  return attend(
     query,
     key,
     value,

@@ -18,8 +18,11 @@ from longnet_jax.models import cache as cache_lib
 from longnet_jax.models import config as config_lib
 from longnet_jax.ops import attention, dilation
 
-# Slots whose scores exist at once; a longer store is read tile by tile.
+# Slots whose scores exist at once; a longer store is read tile by tile, as far
+# as any row sees. Reading is what one row costs, so that a CPU gains by small
+# tiles, which leave more unread; many rows gain by large products.
 _TILE = 4096
+_CPU_ROW_TILE = 1024
 
 
 class _Located(NamedTuple):
@@ -177,7 +180,8 @@ def _store_and_attend(branch, located, layer, rows, found):
 def _attend_to_first(query, keys, values, layer, seen):
   """Returns (out, lse) of queries (S, G, M, H) over the first `seen` slots."""
   streams, slots, width = keys.shape[1:]
-  tile = min(slots, _TILE)
+  one_on_cpu = query.shape[2] == 1 and jax.default_backend() == "cpu"
+  tile = min(slots, _CPU_ROW_TILE if one_on_cpu else _TILE)
   scale = width**-0.5
 
   def take(x, start):

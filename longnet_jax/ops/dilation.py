@@ -34,7 +34,7 @@ def kept_rows(segment_length: int, rate: int) -> int:
 def undilate(
   packed: Shaped[Array, "S N R *rest"],
   branch: tuple[int, int],
-  phase: np.ndarray,
+  phase: np.ndarray | Array,
   *,
   length: int,
   fill: float,
@@ -57,7 +57,7 @@ def undilate(
   rest = packed.shape[3:]
   kept = kept_rows(w, r)
   rows = jnp.moveaxis(packed[:, :, :kept], 1, 2)[:, :, None]
-  own = (np.arange(r)[:, None] == phase).reshape(1, 1, r, num_heads)
+  own = (np.arange(r)[:, None] == phase[None]).reshape(1, 1, r, num_heads)
   own = own.reshape(own.shape + (1,) * len(rest))
   rows = jnp.where(own, rows, jnp.asarray(fill, packed.dtype))
   rows = rows.reshape((num_segments, kept * r, num_heads, *rest))[:, :w]

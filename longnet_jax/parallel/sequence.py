@@ -1,6 +1,7 @@
 """Dilated attention of a sequence that is split over a mesh axis."""
 
 from collections.abc import Sequence
+import functools
 
 import jax
 from jax import numpy as jnp
@@ -63,10 +64,13 @@ def sequence_parallel_attention(
   batch, length = query.shape[:2]
   padding = -length % mesh.shape[axis_name]
   if padding and options.get("padding") == "zeros":
-    raise ValueError(
-      f"padding='zeros' needs a length that {mesh.shape[axis_name]} devices "
-      f"divide, not {length}; use padding='mask'"
-    )
+    if not options.get("is_causal"):
+      raise ValueError(
+        f"padding='zeros' needs a length that {mesh.shape[axis_name]} devices "
+        f"divide, not {length}; use padding='mask'"
+      )
+    # The zero keys of a causal sequence come after all of its queries.
+    options["padding"] = "mask"
   if padding:
     if key_value_seq_lengths is None:
       key_value_seq_lengths = jnp.full((batch,), length)
@@ -108,6 +112,20 @@ def sequence_parallel_attention(
     dropout_key,
   )
   return jax.tree.map(lambda x: x[:, :length], found)
+
+
+def over_mesh(mesh: jax.sharding.Mesh):
+  """Returns `dilated_attention` on arrays that lie over a mesh of `make_mesh`.
+
+  Examples over data, positions over seq, heads over model.
+  """
+  return functools.partial(
+    sequence_parallel_attention,
+    mesh=mesh,
+    axis_name="seq",
+    batch_axis="data",
+    head_axis="model",
+  )
 
 
 def received_bytes(

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from longnet_jax.data import pipeline, tokenizers
-from longnet_jax.models import transformer
+from longnet_jax.models import attention, transformer
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.parallel import sharding
 from longnet_jax.training import config as config_lib
@@ -78,7 +78,10 @@ def make_run(config: config_lib.ExperimentConfig, tokenizer_path) -> Run:
     config.mesh.data, config.mesh.seq, config.mesh.model
   )
   _check_sizes(config, tokenizer, mesh)
-  training, model = config.training, transformer.LongNetLM(config.model)
+  training = config.training
+  model = transformer.LongNetLM(
+    config.model, attention.make_attention_fn(config.model, mesh)
+  )
   optimizer = optimizer_lib.make_optimizer(config.optimizer)
 
   def init():

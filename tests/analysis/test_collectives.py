@@ -7,6 +7,8 @@ TEXT = """
   %d = (f32[2]{0}, f32[8]{0}) all-gather-start(%w), replica_groups={{0,1,2,3}}
   %e = (s32[4]{0}, f32[]) all-reduce(%w, %v), replica_groups={{0,1}}
   %f = f32[8]{0} add(%d, %c)
+  %g = f32[8]{0} all-gather(%d), replica_groups=mesh['a'=2,'b'=4] {'b'}, y=2
+  %h = f32[8]{0} all-gather(%d), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}
 """
 
 
@@ -18,4 +20,6 @@ def test_reads_what_each_collective_receives():
     ("all-gather", "f32", 4, 24),
     ("all-reduce", "s32", 2, 16),
     ("all-reduce", "f32", 2, 4),
+    ("all-gather", "f32", 4, 24),
+    ("all-gather", "f32", 4, 24),
   ]

@@ -111,6 +111,7 @@ def test_rows_attend_as_in_the_whole_sequence(name):
 
 def test_long_stores_are_read_in_tiles(monkeypatch):
   monkeypatch.setattr(cached_attention, "_TILE", 7)
+  monkeypatch.setattr(cached_attention, "_CPU_ROW_TILE", 5)
   config = _change(**_CONFIGS["dense"])
   inputs = _inputs(config)
   expected = _whole(config, inputs)

@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 
+from longnet_jax import analysis
 from longnet_jax.models import config as model_config
 from longnet_jax.training import flops
 
@@ -64,3 +65,12 @@ def test_matrix_products_dominate_a_short_window():
 
 def test_an_unknown_chip_has_no_peak():
   assert flops.peak_flops(jax.devices()[0]) is None
+
+
+@pytest.mark.parametrize("phase", ["interleaved", "blocked"])
+def test_pairs_are_those_of_the_analysis(phase):
+  config = _config(head_phase=phase)
+  for length in (1, 9, 37):
+    pattern = analysis.from_config(config, length)
+    pairs = analysis.cost(pattern, head_dim=config.head_dim).pairs
+    assert flops.attention_pairs(config, length) == pairs

@@ -1,0 +1,71 @@
+"""The benchmark: its figures, its JSON and picture, and where it stops."""
+
+import json
+
+from absl import flags
+from absl.testing import flagsaver
+import pytest
+
+from experiments import benchmark
+from longnet_jax import analysis, speed
+
+SMALL = {
+  "lengths": ["32", "64"],
+  "heads": 2,
+  "head_dim": 8,
+  "segment_lengths": ["16", "32"],
+  "dilation_rates": ["1", "2"],
+  "repeats": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def parsed_flags():
+  flags.FLAGS.mark_as_parsed()
+
+
+def run(tmp_path, **changes):
+  with flagsaver.flagsaver(out=str(tmp_path), **{**SMALL, **changes}):
+    benchmark.main([])
+  return json.loads((tmp_path / "benchmark_cpu.json").read_text())
+
+
+def test_sweep_writes_figures_that_fit_together(tmp_path, capsys):
+  document = run(tmp_path, passes=["forward"])
+  assert (tmp_path / "benchmark_cpu.png").stat().st_size > 10_000
+  assert document["hardware"]["backend"] == "cpu"
+  longnet = [r for r in document["records"] if r["core"] == "LongNet"]
+  assert [r["length"] for r in longnet] == [32, 64]
+  for record in longnet:
+    pattern = analysis.Pattern(record["length"], 2, (16, 32), (1, 2))
+    work = analysis.cost(pattern, head_dim=8).forward_flops
+    rate = record["useful_flops_per_second"]
+    assert rate * record["seconds"] == pytest.approx(work)
+    assert record["temporary_bytes"] > 0
+  assert "LongNet" in capsys.readouterr().out
+
+
+def test_a_core_stops_where_a_run_would_take_too_long(tmp_path, capsys):
+  document = run(tmp_path, passes=["forward"], max_seconds=0.0)
+  assert {r["length"] for r in document["records"]} == {32}
+  assert "(--max_seconds)" in capsys.readouterr().out
+
+
+def test_a_core_stops_where_memory_ends(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(speed, "_free_bytes", lambda: 1000)
+  document = run(tmp_path, passes=["forward"])
+  assert all("needs" in r["skipped"] for r in document["records"])
+  assert "stops here: needs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"lengths": ["64", "x"]}, "--lengths is '64,x'"),
+    ({"passes": ["sideways"]}, "--passes holds 'sideways'"),
+    ({"dilation_rates": ["1"]}, "dilation_rates has 1 entries"),
+  ],
+)
+def test_bad_flags_are_refused(tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    run(tmp_path, **changes)
