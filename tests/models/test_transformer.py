@@ -277,7 +277,7 @@ def test_output_matrix_turns_features_into_logits(tied):
   np.testing.assert_allclose(
     transformer.unembed(features, matrix),
     _logits(config, params, _TOKENS, core=_plain),
-    atol=1e-6,
+    atol=1e-5,
   )
 
 
@@ -334,7 +334,7 @@ def test_halves_of_a_block_make_the_block():
   np.testing.assert_allclose(
     block.apply(variables, x, query, method="complete"),
     block.apply(variables, x, None),
-    atol=1e-6,
+    atol=1e-5,
   )
 
 

@@ -114,5 +114,5 @@ def test_more_batch_axes_types_and_precision():
   out = attend(x, x, x, precision=jax.lax.Precision.HIGHEST)
   flat = x.reshape(6, 8, 2, 4)
   wanted = longnet_jax.dilated_attention(flat, flat, flat, **BRANCHES)
-  np.testing.assert_allclose(out.reshape(flat.shape), wanted, atol=1e-6)
+  np.testing.assert_allclose(out.reshape(flat.shape), wanted, atol=5e-6)
   assert attend(x, x, x, dtype=jnp.bfloat16).dtype == jnp.bfloat16

@@ -103,7 +103,7 @@ def test_rows_are_cut_into_chunks_without_a_trace(monkeypatch):
   )
   whole = op(query, key, value)
   monkeypatch.setattr(sparse_attention, "_ROWS", 4)
-  np.testing.assert_allclose(op(query, key, value), whole, atol=1e-6)
+  np.testing.assert_allclose(op(query, key, value), whole, atol=5e-6)
 
 
 def test_no_array_is_quadratic_in_the_length():
