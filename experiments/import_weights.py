@@ -52,7 +52,7 @@ def main(arguments) -> None:
     if flag.value is None:
       raise ValueError(f"--{flag.name} is missing")
   workdir = pathlib.Path(_WORKDIR.value)
-  if (workdir / "checkpoints").exists():
+  if any((workdir / name).exists() for name in ("checkpoints", "config.json")):
     raise ValueError(f"{workdir} holds a run already; choose another --workdir")
   state, keyword_config = _read(pathlib.Path(arguments[1]))
   config, params = _convert(state, keyword_config)

@@ -132,7 +132,10 @@ def load(path: str | os.PathLike) -> Tokenizer:
       return ByteTokenizer()
     return BpeTokenizer(tokenizers.Tokenizer.from_str(stored["model"]))
   except OSError as error:
-    raise ValueError(f"no tokenizer at {str(path)!r}: {error}") from error
+    raise ValueError(
+      f"no tokenizer at {str(path)!r}; put the tokenizer.json of the model "
+      "there (experiments.import_weights does with --tokenizer=FILE)"
+    ) from error
   except Exception as error:  # the library raises bare Exception on bad text
     raise ValueError(
       f"{str(path)!r} is not a tokenizer file; it must be one that a "

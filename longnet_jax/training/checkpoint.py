@@ -9,6 +9,8 @@ parameters can be read without the rest:
   config      every setting of the run, as JSON
   tokenizer   what maps text to tokens, as JSON
   data        fingerprints of the windows, as JSON
+  checksums   sha256 of params and opt_state, as JSON: orbax restores changed
+              bytes without a word
   metrics     validation results at this step, where there are any
 """
 
@@ -27,7 +29,7 @@ from longnet_jax.training import state as state_lib
 _BEST_BY = "loss"
 _MANAGERS = ocp.checkpoint_managers
 _STATE_ITEMS = ("params", "opt_state", "train")
-_JSON_ITEMS = ("config", "tokenizer", "data")
+_JSON_ITEMS = ("config", "tokenizer", "data", "checksums")
 # The key of the item "config" that holds the model's settings, and their class.
 MODEL_KEYS = {
   "model": model_config.LongNetConfig,
@@ -130,6 +132,9 @@ class Checkpoints:
 
     `records` are the JSON items; `validation` has at least a "loss".
     """
+    records = records | _checksums(
+      params=state.params, opt_state=state.opt_state
+    )
     items = dict(
       params=ocp.args.StandardSave(state.params),
       opt_state=ocp.args.StandardSave(state.opt_state),
@@ -138,13 +143,14 @@ class Checkpoints:
     )
     with self._writing():
       self._manager.wait_until_finished()
-      self._check_space(state)
+      check_space(self.folder, state)
       self._manager.save(
         step, args=ocp.args.Composite(**items), metrics=validation
       )
 
   def save_params(self, params, records: dict[str, dict]) -> None:
     """Writes parameters that were not trained here, as step 0."""
+    records = records | _checksums(params=params)
     items = dict(
       params=ocp.args.StandardSave(params),
       **{name: ocp.args.JsonSave(value) for name, value in records.items()},
@@ -164,6 +170,7 @@ class Checkpoints:
     )
     arguments = {k: ocp.args.StandardRestore(v) for k, v in targets.items()}
     items = self._restore(step, arguments)
+    self._verify(step, params=items["params"], opt_state=items["opt_state"])
     return state_lib.TrainState(
       params=items["params"], opt_state=items["opt_state"], **items["train"]
     )
@@ -184,9 +191,10 @@ class Checkpoints:
         ),
         metadata.tree,
       )
-    return self._restore(step, {"params": ocp.args.StandardRestore(target)})[
-      "params"
-    ]
+    arguments = {"params": ocp.args.StandardRestore(target)}
+    params = self._restore(step, arguments)["params"]
+    self._verify(step, params=params)
+    return params
 
   def wait(self) -> None:
     """Returns when everything is on disk; raises what went wrong."""
@@ -194,15 +202,14 @@ class Checkpoints:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
 
-  def _check_space(self, tree):
-    """Raises OSError where the disk may not hold the arrays of a tree.
-
-    Twice their bytes: orbax writes shares of a process and then joins them.
-    """
-    size = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    free = shutil.disk_usage(self.folder).free
-    if free < size:
-      raise OSError(f"it needs {size:,} bytes and the disk has {free:,} left")
+  def _verify(self, step, **trees):
+    """Raises CheckpointError where restored arrays are not those saved."""
+    saved = self.restore_json(step, "checksums")
+    found = _checksums(**trees)["checksums"]
+    with self._reading(step):
+      for name in saved.keys() & found.keys():
+        if saved[name] != found[name]:
+          raise ValueError(f"the bytes of {name} have changed since the save")
 
   def _remove_unfinished(self):
     """Removes what a failed write has left; a full disk gets its space back."""
@@ -248,6 +255,35 @@ def load_checkpoint(
   params = checkpoints.restore_params(step, sharding)
   (key,) = MODEL_KEYS.keys() & config.keys()
   return MODEL_KEYS[key].from_dict(config[key]), params
+
+
+def check_space(folder: pathlib.Path, tree) -> None:
+  """Raises OSError where the disk may not hold the arrays of a tree.
+
+  Twice their bytes: orbax writes shares of a process and then joins them.
+  """
+  while not folder.exists():
+    folder = folder.parent
+  leaves = jax.tree.leaves(tree)
+  size = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  free = shutil.disk_usage(folder).free
+  if free < size:
+    raise OSError(
+      f"a checkpoint needs {size:,} bytes and the disk of {folder} has "
+      f"{free:,} left"
+    )
+
+
+def _checksums(**trees) -> dict[str, dict[str, str]]:
+  """The item "checksums"; empty where other hosts hold parts of the arrays."""
+  leaves = jax.tree.leaves(trees)
+  if not all(getattr(x, "is_fully_addressable", True) for x in leaves):
+    return {"checksums": {}}
+  return {
+    "checksums": {
+      name: state_lib.fingerprint(tree) for name, tree in trees.items()
+    }
+  }
 
 
 def open_to_read(workdir) -> Checkpoints:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import pathlib
 import signal
 
 import jax
@@ -41,6 +42,7 @@ def train(
   settings = dataclasses.asdict(config)
   workdir_lib.check(workdir, settings)
   run = run_lib.make_run(config, workdir_lib.tokenizer_path(workdir))
+  checkpoint.check_space(pathlib.Path(workdir).absolute(), run.abstract_state)
   records = workdir_lib.write_records(workdir, settings, run)
   keep = config.training.max_to_keep
   with checkpoint.Checkpoints(workdir, max_to_keep=keep) as checkpoints:

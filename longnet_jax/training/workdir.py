@@ -66,9 +66,14 @@ def check(workdir, settings: dict) -> None:
       f"{key} was {old!r} and is now {new!r}"
       for key, (old, new) in changed.items()
     )
+    advice = "choose another --workdir or the old values"
+    if set(changed) == {"optimizer.decay_steps"}:
+      old, _ = changed["optimizer.decay_steps"]
+      advice += (
+        f"; to train on at the final rate: --config.optimizer.decay_steps={old}"
+      )
     raise ValueError(
-      f"{workdir} belongs to a run with another config: {listed}; choose "
-      "another --workdir or the old values"
+      f"{workdir} belongs to a run with another config: {listed}; {advice}"
     )
 
 

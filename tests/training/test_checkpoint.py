@@ -118,11 +118,33 @@ def test_a_damaged_checkpoint_is_one_line_with_a_way_out(series):
     checkpoints.restore_params(4)
 
 
+def test_changed_bytes_are_refused(tmp_path):
+  """Arrays that orbax restores without an error, and that are not ours."""
+  state = _state(1)
+  state.params["layers"]["kernel"] = jax.random.normal(
+    jax.random.key(0), (64, 64)
+  )
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, records=_RECORDS)
+  files = (tmp_path / "checkpoints" / "1" / "params").rglob("d/*")
+  largest = max(files, key=lambda path: path.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  middle = len(data) // 2
+  data[middle : middle + 64] = bytes(b ^ 0x5A for b in data[middle:][:64])
+  largest.write_bytes(data)
+  with checkpoint.open_to_read(tmp_path) as checkpoints:
+    with pytest.raises(checkpoint.CheckpointError, match="cannot read") as e:
+      checkpoints.restore_params(1)
+    assert "\n" not in str(e.value)
+    with pytest.raises(checkpoint.CheckpointError, match="cannot read"):
+      checkpoints.restore(1, jax.eval_shape(lambda: state))
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
   usage = shutil.disk_usage(tmp_path)._replace(free=100)
   monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
   with pytest.raises(
-    checkpoint.CheckpointError, match="cannot write .* disk has 100 left"
+    checkpoint.CheckpointError, match="cannot write .* has 100 left"
   ):
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
       checkpoints.save(1, _state(1), records=_RECORDS)
