@@ -25,12 +25,14 @@ class Rows(NamedTuple):
   positions: under causal attention a query sees keys up to its own position.
   hashes: random bits that decide, pair by pair, what dropout removes.
   segments: a query sees the keys of its own segment only.
+  small: queries whose scores are so small that softmax needs no maximum.
   """
 
   ids: Int[Array, " M"] | None = None
   positions: Int[Array, " M"] | None = None
   hashes: UInt32[Array, " M"] | None = None
   segments: Int[Array, " M"] | None = None
+  small: Bool[Array, " M"] | None = None
 
 
 def visible(query_rows: Rows, key_rows: Rows) -> Bool[Array, "M n"] | None:

@@ -19,10 +19,12 @@ from typing import NamedTuple
 import jax
 from jax import lax
 from jax import numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from longnet_jax.ops import attention
 from longnet_jax.ops.attention import Rows
+
+_LARGEST_SMALL_SCORE = 40.0
 
 
 class Shape(NamedTuple):
@@ -33,6 +35,7 @@ class Shape(NamedTuple):
   block: query rows that meet a tile of keys at once, forward.
   key_block: key rows that meet a tile of queries at once, backward.
   dropout_rate: share of the probabilities to drop.
+  small: whether all queries are `small`; forward then takes no maximum.
   """
 
   causal: bool
@@ -40,6 +43,38 @@ class Shape(NamedTuple):
   block: int
   key_block: int
   dropout_rate: float = 0.0
+  small: bool = False
+
+
+def small_queries(
+  query: Float[Array, "R H"], key: Float[Array, "R H"], is_causal: bool
+) -> Bool[Array, " R"]:
+  """Returns for which queries exp(s_ij) can be summed in float32 as it is.
+
+      |s_ij| <= |q_i| max_j |k_j| <= 40
+
+  by Cauchy and Schwarz, so that no sum leaves [e^-40, 2^31 e^40]. It is the
+  query's own affair, of the keys it sees and of no others, whether it is
+  small; where all are, a pass over the scores can be left out.
+  """
+  query, key = map(_norms, (query, key))
+  largest = lax.cummax(key) if is_causal else key.max()
+  return query * largest <= _LARGEST_SMALL_SCORE
+
+
+@jax.custom_batching.custom_vmap
+def all_small(
+  query: Float[Array, "*rows H"], key: Float[Array, "*others H"]
+) -> Bool[Array, ""]:
+  """Returns whether all queries are small whatever keys they see."""
+  return _norms(query).max() * _norms(key).max() <= _LARGEST_SMALL_SCORE
+
+
+@all_small.def_vmap
+def _all_of_a_batch(axis_size, is_batched, query, key):
+  """One answer for a batch: a batched `cond` would compute both sides."""
+  del axis_size, is_batched
+  return all_small(query, key), False
 
 
 def forward(
@@ -152,9 +187,15 @@ def forward_tile(query, key_t, value, key_rows, query_rows, shape, diagonal):
     mask = _mask(rows, seen, scores.shape, start, diagonal)
     if mask is not None:
       scores = jnp.where(mask, scores, -jnp.inf)
-    top = scores.max(-1, keepdims=True)
-    top = jnp.where(jnp.isneginf(top), 0, top)
-    weights = jnp.exp(scores - top)
+    top = jnp.zeros_like(scores, shape=(len(scores), 1))
+    if not shape.small:
+      top = scores.max(-1, keepdims=True)
+      unshifted = jnp.isneginf(top)
+      if rows.small is not None:
+        unshifted |= rows.small[:, None]
+      top = jnp.where(unshifted, 0, top)
+      scores -= top
+    weights = jnp.exp(scores)
     total = weights.sum(-1, keepdims=True)
     if shape.dropout_rate:
       factor = attention.dropout_factor(rows, seen, shape.dropout_rate)
@@ -234,6 +275,10 @@ def _cut(rows, start, stop):
 
 def _dot(a, b):
   return jnp.dot(a, b, preferred_element_type=attention.accumulator(a.dtype))
+
+
+def _norms(x):
+  return jnp.sqrt(jnp.square(x).sum(-1))
 
 
 def transpose(x):

@@ -11,8 +11,9 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from longnet_jax.ops import attention, blockwise, exchange, gathered, mixture
+from longnet_jax.ops import attention, blockwise, exchange, gathered
 from longnet_jax.ops import far as far_lib
+from longnet_jax.ops import problem as problem_lib
 from longnet_jax.ops import windows as windows_lib
 from longnet_jax.ops.attention import Rows
 
@@ -27,7 +28,7 @@ class Shard(NamedTuple):
   lengths: jax.Array | None
   segment_ids: jax.Array | None
   seed: jax.Array | None
-  part: mixture.Part  # of the near branches
+  part: problem_lib.Part  # of the near branches
   near: tuple  # settings of the branches inside the shards
   far: list
   start: jax.Array  # global position of the first row
@@ -95,7 +96,7 @@ def _over_heads(shard, far, keys, run, *more):
       _pick, example=example, head=head, rows=local[head], valid=valid[head]
     )
     masks = _masks(shard, far, keys, example, head, position[head], valid[head])
-    dtype = mixture.product_dtype(shard.query.dtype)
+    dtype = problem_lib.product_dtype(shard.query.dtype)
     query = pick(shard.query).astype(dtype) * shard.settings.scale
     arrived = keys[0][example, far.lanes[head]].astype(dtype)
     key, value = jnp.split(arrived, 2, axis=-1)

@@ -25,6 +25,7 @@ from jax import numpy as jnp
 
 from longnet_jax.ops import attention, far_attention, mixture
 from longnet_jax.ops import far as far_lib
+from longnet_jax.ops import problem as problem_lib
 
 
 class Layout(NamedTuple):
@@ -137,7 +138,7 @@ def _make_shard(settings, layout, query, key, *rest):
   )
   far = [far_lib.of_heads(branch, head_part) for branch in far]
   start = lax.axis_index(layout.axis_name) * length
-  part = mixture.Part(
+  part = problem_lib.Part(
     example=_index(layout.batch_axis)[0] * batch,
     position=start,
     head=head_part * num_heads,

@@ -25,6 +25,7 @@ class Sizes(NamedTuple):
   whole: sequences of at most so many rows are not cut.
   scores: scores in flight, which decides how many sequences run together.
   window: elements of the windows that are computed together.
+  skip_maximum: whether softmax of small scores goes without the maximum.
   """
 
   block: int
@@ -33,11 +34,18 @@ class Sizes(NamedTuple):
   whole: int
   scores: int
   window: int
+  skip_maximum: bool = False
 
 
 SIZES = {
   "cpu": Sizes(
-    block=256, key_block=320, tile=2048, whole=4096, scores=2**19, window=2**23
+    block=256,
+    key_block=320,
+    tile=2048,
+    whole=4096,
+    scores=2**19,
+    window=2**23,
+    skip_maximum=True,
   ),
   "gpu": Sizes(
     block=512, key_block=512, tile=2048, whole=2048, scores=2**29, window=2**28

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import longnet_jax
+from longnet_jax.ops import blockwise, windows
 from longnet_jax.ops import dilated_attention as op
-from longnet_jax.ops import windows
 from tests.ops import oracle
 
 PAPER = {
@@ -266,6 +266,30 @@ def test_bfloat16_is_rounded_float32():
   assert found[0].dtype == jnp.bfloat16 and found[1].dtype == jnp.float32
   assert all(x.dtype == jnp.bfloat16 for x in found[2:])
   check(found, expected(tensors, PAPER), values=2e-2, gradients=6e-2)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 40.0])
+def test_large_scores_are_no_less_exact(factor):
+  """Both with and without the maximum, which small scores do not need."""
+  query, key, value = inputs(2, 40, 4, 2, 8)
+  tensors = [query * factor, key, value]
+  small = blockwise.all_small(tensors[0] * 8**-0.5, key)
+  assert bool(small) == (factor < 1)
+  found, wanted = run("xla", tensors, PAPER), expected(tensors, PAPER)
+  # Gradients of the key are sums over queries, `factor` times as large.
+  check(found, wanted, values=1e-5, gradients=1e-5 * max(1, factor))
+
+
+def test_a_batch_of_small_and_large_scores_is_exact():
+  query, key, value = inputs(2, 24, 2, 2, 4)
+  query = query.at[1].mul(30)
+  attend = functools.partial(longnet_jax.dilated_attention, **PAPER)
+  one = lambda *x: attend(*(y[None] for y in x))[0]
+  np.testing.assert_allclose(
+    jax.jit(jax.vmap(one))(query, key, value),
+    attend(query, key, value, implementation="reference"),
+    atol=2e-5,
+  )
 
 
 def test_float16_does_not_overflow():
