@@ -1,23 +1,22 @@
 """Reads files of weights without torch and without running their code.
 
-A .pth file is a zip archive of a pickle and of raw storages. The pickle is
-read by an unpickler that knows a handful of harmless names; any other name is
-refused before it is looked up.
+A .pth file is a zip archive of a pickle and of raw storages; `pickles` says how
+the pickle is read. What it says of tensors is believed only where they lie
+inside their storages.
 """
 
-import collections
-import io
+import functools
 import math
 import os
 import pathlib
-import pickle
-import pickletools
-from typing import Any, NamedTuple
+from typing import Any
 import zipfile
 
 import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors_numpy
+
+from longnet_jax.interop import pickles
 
 _TYPES = {
   "FloatStorage": np.float32,
@@ -50,14 +49,8 @@ def read_pth(
       anything but tensors; nothing of it is executed.
   """
   path = pathlib.Path(path)
-  try:
-    with zipfile.ZipFile(path) as archive:
-      content = _Archive(archive, path).load()
-  except zipfile.BadZipFile as error:
-    raise ValueError(
-      f"{path} is no zip archive; load it in PyTorch 1.6 or later and write it"
-      " again with torch.save"
-    ) from error
+  with path.open("rb") as file:
+    content = _load(file, path)
   return _find_state(content, key, path)
 
 
@@ -75,14 +68,39 @@ class _RefusedError(ValueError):
   """A file that is not read, and why."""
 
 
-class _StorageType(NamedTuple):
-  """Stands for torch.FloatStorage and its like."""
+class _StorageType(pickles.Opaque):
+  """Stands for torch.FloatStorage and its like: a dtype."""
 
-  dtype: np.dtype
+  __slots__ = ()
 
 
-class _Namespace:
-  """Stands for argparse.Namespace, the arguments that training was given."""
+class _Storage(pickles.Opaque):
+  """A flat array."""
+
+  __slots__ = ()
+
+
+class _Tensor(pickles.Opaque):
+  """An array."""
+
+  __slots__ = ()
+
+
+def _load(file, path):
+  """Returns what the file holds, with _Tensors inside."""
+  try:
+    with zipfile.ZipFile(file) as archive:
+      return _Archive(archive, path).load()
+  except _RefusedError:
+    raise
+  except zipfile.BadZipFile as error:
+    raise ValueError(
+      f"{path} is no zip archive, or a part of one; if PyTorch loads it, write"
+      " it again with torch.save of version 1.6 or later"
+    ) from error
+  except Exception as error:  # what is damaged can raise anything
+    reason = str(error)[:300] or type(error).__name__
+    raise ValueError(f"{path} is damaged: {reason}") from error
 
 
 class _Archive:
@@ -91,91 +109,99 @@ class _Archive:
   def __init__(self, archive: zipfile.ZipFile, path: pathlib.Path):
     self._archive = archive
     self._path = path
-    pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-    if len(pickles) != 1:
+    found = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+    if len(found) != 1:
       raise _RefusedError(
-        f"{path} has no data.pkl: it is no file of torch.save"
+        f"{path} has {len(found) or 'no'} data.pkl: it is no file of torch.save"
       )
-    self._pickle = pickles[0]
+    # Entries that overlap would make a small file a large one.
+    stored = sum(entry.compress_size for entry in archive.infolist())
+    if stored > path.stat().st_size:
+      raise _RefusedError(f"{path} is damaged: its entries overlap")
+    self._pickle = found[0]
     self._folder = self._pickle.removesuffix("data.pkl")
     self._storages: dict[str, np.ndarray] = {}
 
   def load(self) -> Any:
-    """Returns what the pickle describes, tensors as NumPy arrays."""
+    """Returns what the pickle describes, with _Tensors inside."""
     order = self._folder + "byteorder"
     if order in self._archive.namelist() and self._read(order) != b"little":
-      raise _RefusedError(f"{self._path} was written on a big-endian machine")
-    data = self._read(self._pickle)
+      raise _RefusedError(
+        f"{self._path} was written on a big-endian machine; load it there and"
+        " write it as .safetensors"
+      )
     try:
-      _check_memo(data)
-      return _Unpickler(io.BytesIO(data), self).load()
-    except _RefusedError:
-      raise
-    except Exception as error:  # a damaged pickle can raise anything
-      raise _RefusedError(f"{self._path} is damaged: {error}") from error
+      return pickles.load(
+        self._read(self._pickle), _known_names(), self._storage
+      )
+    except pickles.RefusedNameError as error:
+      raise _RefusedError(
+        f"{self._path} is refused: its pickle names {error}, which is no"
+        " tensor; nothing was executed. If you trust the file, load it in"
+        " PyTorch and write its state dict alone with torch.save"
+      ) from error
 
-  def storage(self, key: str, dtype: np.dtype, count: int) -> np.ndarray:
-    """The flat array of a storage."""
+  def _storage(self, pid):
+    """The flat array that a persistent id names."""
+    kind, storage_type, key, _, count = pid
+    if kind != "storage":
+      raise ValueError("it names something outside that is no storage")
+    dtype = pickles.reveal(storage_type, _StorageType)
     if key not in self._storages:
       data = self._read(f"{self._folder}data/{key}")
       if len(data) != count * dtype.itemsize:
-        raise _RefusedError(
-          f"{self._path} is damaged: storage {key} has {len(data)} bytes"
-          f" instead of {count * dtype.itemsize}"
+        raise ValueError(
+          f"storage {key} has {len(data)} bytes instead of"
+          f" {count * dtype.itemsize}"
         )
       self._storages[key] = np.frombuffer(data, dtype)
-    return self._storages[key]
-
-  def refuse(self, name: str):
-    """Raises for a name that no state dict needs."""
-    raise _RefusedError(
-      f"{self._path} is refused: its pickle names {name}, which is no tensor;"
-      " nothing was executed"
-    )
+    storage = self._storages[key]
+    if storage.dtype != dtype:
+      raise ValueError(f"storage {key} is both {storage.dtype} and {dtype}")
+    return _Storage(storage)
 
   def _read(self, name):
+    entry = self._archive.getinfo(name)
+    # torch stores without compression, so sizes are honest.
+    if entry.compress_type != zipfile.ZIP_STORED:
+      raise _RefusedError(f"{self._path} has a compressed entry {name}")
     try:
-      entry = self._archive.getinfo(name)
-      # torch stores without compression, so sizes are honest.
-      if entry.compress_type != zipfile.ZIP_STORED:
-        raise _RefusedError(f"{self._path} has a compressed entry {name}")
       return self._archive.read(entry)
-    except (KeyError, zipfile.BadZipFile) as error:
+    except zipfile.BadZipFile as error:
       raise _RefusedError(f"{self._path} is damaged: {error}") from error
 
 
-class _Unpickler(pickle.Unpickler):
-  """Builds tensors and containers of them, and nothing else."""
-
-  def __init__(self, file, archive: _Archive):
-    super().__init__(file, encoding="utf-8")
-    self._archive = archive
-
-  def find_class(self, module: str, name: str) -> Any:
-    """Returns our stand-in for a listed name; imports nothing."""
-    if module == "torch" and name in _TYPES:
-      return _StorageType(np.dtype(_TYPES[name]))
-    known = {
-      ("collections", "OrderedDict"): collections.OrderedDict,
-      ("torch", "Size"): tuple,
-      ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-      ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-      ("argparse", "Namespace"): _Namespace,
-    }
-    if (module, name) not in known:
-      self._archive.refuse(f"{module}.{name}")
-    return known[module, name]
-
-  def persistent_load(self, pid: Any) -> np.ndarray:
-    """Returns a storage."""
-    kind, storage_type, key, _, count = pid
-    if kind != "storage" or not isinstance(storage_type, _StorageType):
-      self._archive.refuse(str(kind))
-    return self._archive.storage(key, storage_type.dtype, count)
+@functools.cache
+def _known_names():
+  """What the names in a pickle of tensors stand for."""
+  names = {
+    ("torch", name): _StorageType(np.dtype(kind))
+    for name, kind in _TYPES.items()
+  }
+  functions = {
+    ("torch", "Size"): _size,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+  }
+  return names | {k: pickles.Function(f) for k, f in functions.items()}
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_):
+def _size(sizes=()):
+  if not all(type(size) is int for size in sizes):
+    raise TypeError("a torch.Size of something else than integers")
+  return tuple(sizes)
+
+
+def _rebuild_tensor(
+  storage, offset, shape, strides, grad=False, hooks=None, metadata=None
+):
   """Returns a view of a storage, after checking that it lies inside."""
+  # A plain array: a view, whose size says nothing of where it ends, is refused.
+  storage = pickles.reveal(storage, _Storage)
+  shape, strides = _size(shape), _size(strides)
+  del grad, hooks
+  if metadata:
+    raise ValueError("a tensor is marked as conjugate or negative")
   smallest = min((offset, *shape, *strides), default=0)
   count = math.prod(shape)
   last = offset + sum(
@@ -184,26 +210,16 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
   if smallest < 0 or count > storage.size or (count and last >= storage.size):
     raise ValueError(
       f"a tensor of shape {shape}, strides {strides} and offset {offset} is not"
-      f" inside its {storage.size} numbers"
+      f" inside its {storage.size} numbers or repeats them"
     )
   step = storage.itemsize
-  return np.lib.stride_tricks.as_strided(
+  view = np.lib.stride_tricks.as_strided(
     storage[offset:],
     shape,
     [stride * step for stride in strides],
     writeable=False,
   )
-
-
-def _check_memo(data):
-  """Raises if a memo index, which unpicklers allocate up to, is absurd."""
-  for opcode, argument, _ in pickletools.genops(data):
-    if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(data):
-      raise ValueError(f"memo index {argument} in {len(data)} bytes")
-
-
-def _rebuild_parameter(data, *_):
-  return data
+  return _Tensor(view)
 
 
 def _find_state(content, key, path):
@@ -211,26 +227,31 @@ def _find_state(content, key, path):
   if key is not None:
     if not isinstance(content, dict) or key not in content:
       raise ValueError(f"{path} has no key {key!r}; {_described(content)}")
-    content = content[key]
+    content = dict.get(content, key)
   elif isinstance(content, dict) and not _is_state(content):
-    found = [k for k in _STATE_KEYS if _is_state(content.get(k))]
+    found = [k for k in _STATE_KEYS if _is_state(dict.get(content, k))]
     if not found:
       raise ValueError(f"{path} holds no state dict; {_described(content)}")
-    content = content[found[0]]
+    content = dict.get(content, found[0])
   if not _is_state(content):
     raise ValueError(f"{path} holds no state dict; {_described(content)}")
-  return dict(content)
+  return {k: pickles.reveal(x, _Tensor) for k, x in dict.items(content)}
 
 
 def _is_state(content):
+  # dict.items, because a pickle may put an attribute in front of a method.
   return (
     isinstance(content, dict)
     and bool(content)
-    and all(isinstance(x, np.ndarray) for x in content.values())
+    and all(
+      isinstance(name, str) and isinstance(x, _Tensor)
+      for name, x in dict.items(content)
+    )
   )
 
 
 def _described(content):
   if isinstance(content, dict):
-    return f"its keys are {', '.join(map(str, list(content)[:10]))}"
+    keys = ", ".join(str(key)[:100] for key in list(dict.keys(content))[:10])
+    return f"its keys are {keys}" if keys else "it is empty"
   return f"it holds a {type(content).__name__}"

@@ -163,6 +163,125 @@ def test_refuses_hostile_names_and_runs_nothing(tmp_path, module, name):
   assert not mark.exists()
 
 
+def _raw(path, data, storages=()):
+  """Writes a file with this pickle and these storages."""
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("archive/data.pkl", data)
+    for key, array in dict(storages).items():
+      archive.writestr(f"archive/data/{key}", array.tobytes())
+  return path
+
+
+def _text(value):
+  return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def _set(attribute):
+  """The instruction that sets an attribute of what was made last."""
+  return b"(N}" + _text(attribute) + b"K\x08K\x04\x86stb"
+
+
+_PARAMETER = b"ctorch._utils\n_rebuild_parameter\n"
+_NAMESPACE = b"cargparse\nNamespace\n"
+
+
+@pytest.mark.parametrize(
+  "made, attribute",
+  [
+    (_PARAMETER, "__defaults__"),
+    (_PARAMETER, "__class__"),
+    (_NAMESPACE, "__setstate__"),
+    (b"ctorch\nSize\n", "_value"),
+    (b"ctorch\nFloatStorage\n", "_value"),
+    (b"ccollections\nOrderedDict\n", "__init__"),
+    (b"tensor", "strides"),
+    (b"tensor", "_value"),
+  ],
+)
+def test_nothing_of_this_process_can_be_changed(tmp_path, made, attribute):
+  whole = _whole(np.ones((2, 2), np.float32))
+  data, storages = _pickle({"w": whole})
+  good = interop.read_pth(_raw(tmp_path / "good.pth", data, storages))
+  if made == b"tensor":
+    made = _pickle(whole)[0][2:-1]
+  hostile = b"\x80\x02}" + _text("w") + made + _set(attribute) + b"s."
+  with pytest.raises(ValueError, match=f"is damaged: .*{attribute}"):
+    interop.read_pth(_raw(tmp_path / "bad.pth", hostile, storages))
+  again = interop.read_pth(tmp_path / "good.pth")
+  np.testing.assert_array_equal(again["w"], good["w"])
+
+
+def test_a_view_is_no_storage(tmp_path):
+  # The view has as many entries as the storage and ends before it does.
+  view = (np.ones(4, np.float32), 3, (2, 2), (0, 0))
+  tensor, storages = _pickle(view)
+  hostile = b"".join(
+    [
+      b"\x80\x02}",
+      _text("w"),
+      b"ctorch._utils\n_rebuild_tensor_v2\n(",
+      tensor[2:-1],
+      b"K\x00K\x04\x85K\x01\x85\x89}tRs.",
+    ]
+  )
+  with pytest.raises(ValueError, match="a _Tensor where a _Storage belongs"):
+    interop.read_pth(_raw(tmp_path / "a.pth", hostile, storages))
+
+
+@pytest.mark.parametrize(
+  "data, message",
+  [
+    # Hashing a tuple recurses through all that is in it.
+    (b"}" + b")" + b"\x85" * 100_000 + b"K\x01s.", "nests a tuple"),
+    (b"}" + b")" + b"2\x86" * 60 + b"K\x01s.", "nests a tuple"),
+    (b"}" + b"ctorch\nSize\n])a\x85R" + b"K\x01s.", "else than integers"),
+    (b"\x82\x01.", "the instruction EXT1"),
+    (b"\x8e" + b"\xff" * 7 + b"\x00.", "is damaged"),
+    (b"r\xff\xff\xff\xff.", "is damaged"),
+    (b"X\xff\xff\xff\x7f.", "is damaged"),
+    (b"", "is damaged"),
+    (b"\x8c\x02os\x8c\x07sys\ntem\x93.", r"names os.sys\\ntem"),
+    # An attribute in front of a method of the dictionary.
+    (
+      b"ccollections\nOrderedDict\n)R"
+      + b"(N}"
+      + _text("items")
+      + _PARAMETER
+      + b"stb.",
+      "no state dict; it is empty",
+    ),
+    (b"}" + _text("w") + b"K\x01s.", "no state dict; its keys are w"),
+    (b"(U\x04fileK\x01K\x02K\x03K\x04tQ.", "no storage"),
+    (
+      b"(" + _text("storage") + b"K\x01K\x02K\x03K\x04tQ.",
+      "a int where a _StorageType",
+    ),
+  ],
+)
+def test_refuses_hostile_instructions(tmp_path, data, message):
+  path = _raw(tmp_path / "a.pth", b"\x80\x04" + data)
+  with pytest.raises(ValueError, match=message):
+    interop.read_pth(path)
+
+
+def test_damage_anywhere_is_one_kind_of_error(tmp_path):
+  whole = (_GOLDEN / "gigapath_small.pth").read_bytes()
+  path, rng = tmp_path / "a.pth", np.random.default_rng(0)
+  for i in range(60):
+    data = bytearray(whole)
+    if i % 3 == 0:
+      data = data[: rng.integers(len(data))]
+    for _ in range(3):
+      # The directory, which has no checksum, is at the end.
+      place = len(data) - 1 - rng.integers(min(len(data), 4000))
+      data[place] = rng.integers(256)
+    path.write_bytes(data)
+    try:
+      interop.read_pth(path)
+    except ValueError as error:
+      assert str(path) in str(error)
+
+
 class _Shell:
   def __init__(self, command):
     self.command = command
@@ -205,11 +324,16 @@ def test_refuses_tensors_outside_their_storage(tmp_path, tensor):
 def test_refuses_damaged_files(tmp_path):
   path = tmp_path / "a.pth"
   path.write_bytes(b"no zip archive")
-  with pytest.raises(ValueError, match="no zip archive; load it in PyTorch"):
+  with pytest.raises(
+    ValueError, match="no zip archive, or a part of one; if PyTorch"
+  ):
     interop.read_pth(path)
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("archive/version", "3")
   with pytest.raises(ValueError, match="no data.pkl"):
+    interop.read_pth(path)
+  path.write_bytes(b"")
+  with pytest.raises(ValueError, match="no zip archive, or a part of one"):
     interop.read_pth(path)
   whole = {"w": _whole(np.ones(4, np.float32))}
   _write_pth(path, whole, [("byteorder", "big")])
@@ -221,6 +345,13 @@ def test_refuses_damaged_files(tmp_path):
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("archive/data.pkl", b"\x80\x02r\xff\xff\xff\xff.")
   with pytest.raises(ValueError, match="damaged: memo index 4294967295"):
+    interop.read_pth(path)
+  single, storages = _pickle(whole["w"])
+  single = single[2:-1]
+  double = single.replace(b"FloatStorage", b"IntStorage")
+  data = b"(" + _text("a") + single + _text("b") + double + b"u."
+  _raw(path, b"\x80\x02}" + data, storages)
+  with pytest.raises(ValueError, match="storage 0 is both float32 and int32"):
     interop.read_pth(path)
   _write_pth(path, {"lr": "0.1"})
   with pytest.raises(ValueError, match="no state dict; its keys are lr"):
