@@ -122,6 +122,13 @@ def released_segment_lengths(
   Their logarithms are evenly spaced, as upstream chooses them: 1024, 5792,
   32768, 185363 and 1048576 for slides of 262,144 pixels.
   """
+  sizes = {"tile_size": tile_size, "max_wsi_size": max_wsi_size}
+  for name, size in sizes.items():
+    if type(size) is not int or size < tile_size or size < 1:
+      raise ValueError(
+        f"{name} must be pixels, such as {_DEFAULTS[name]}, and max_wsi_size"
+        f" at least tile_size; got {size!r}"
+      )
   longest = int(math.log2((max_wsi_size // tile_size) ** 2))
   exponents = np.linspace(10, longest, len(_DILATION_RATES))
   return tuple(int(length) for length in 2**exponents)

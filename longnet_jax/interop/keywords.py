@@ -167,11 +167,16 @@ def parse_ints(name: str, text: Any) -> tuple[int, ...]:
     values = json.loads(text) if isinstance(text, str) else list(text)
     if not all(type(value) is int for value in values):
       raise TypeError
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, RecursionError):
     raise ValueError(
-      f"{name} is {text!r}; it must be integers such as '[2048, 4096]'"
+      f"{name} is {_shown(text)}; it must be integers such as '[2048, 4096]'"
     ) from None
   return tuple(values)
+
+
+def _shown(value):
+  text = repr(value)
+  return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def check_known(config: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -187,7 +192,8 @@ def check_sizes(config: Mapping[str, Any], found: Mapping[str, Any]) -> None:
   for key in config.keys() & found.keys():
     if config[key] != found[key]:
       raise ValueError(
-        f"{key} is {config[key]} in the config and {found[key]} in the tensors"
+        f"{key} is {config[key]!r} in the config and {found[key]!r} in the"
+        " tensors"
       )
 
 
@@ -232,6 +238,15 @@ def _check_keys(config, side):
   """Raises ValueError for a key or value that is not computed here."""
   known = [_key(name, side) for name in (*_FIELDS, *_SWITCHES)]
   check_known(config, [*known, *_FIXED, *_IGNORED])
+  for name, default in _SWITCHES.items():
+    key = _key(name, side)
+    # The text "False" would count as true.
+    if type(default) is bool and type(config.get(key, default)) is not bool:
+      raise ValueError(f"{key} is {config[key]!r}; it must be True or False")
+  if type(config.get("vocab_size", 0)) is not int:
+    raise ValueError(
+      f"vocab_size must be an integer, got {config['vocab_size']!r}"
+    )
   for key in config.keys() & _FIXED.keys():
     if config[key] != _FIXED[key]:
       raise ValueError(

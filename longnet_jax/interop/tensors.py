@@ -114,19 +114,28 @@ def abstract_params(model, *inputs: jax.ShapeDtypeStruct) -> dict[str, Any]:
 
 
 def count_layers(state: Mapping[str, np.ndarray], prefix: str) -> int:
-  """How many layers PREFIX0., PREFIX1., ... a state has; ValueError if none."""
+  """How many layers PREFIX0., PREFIX1., ... a state has, without gaps.
+
+  Raises:
+    ValueError: there are none, or one is missing.
+  """
   numbers = {
     int(number)
     for name in state
     if name.startswith(prefix)
-    and (number := name[len(prefix) :].partition(".")[0]).isdigit()
+    and (number := name[len(prefix) :].partition(".")[0]).isdecimal()
   }
   if not numbers:
     raise ValueError(
       f"the state has no tensor {prefix}0...; it begins with"
       f" {', '.join(sorted(state)[:3]) or 'nothing'}"
     )
-  return max(numbers) + 1
+  gaps = set(range(len(numbers))) - numbers
+  if gaps:
+    raise ValueError(
+      f"the state has {prefix}{max(numbers)} and no {prefix}{min(gaps)}"
+    )
+  return len(numbers)
 
 
 def shape_of(
@@ -136,8 +145,10 @@ def shape_of(
   if name not in state:
     raise ValueError(f"the state has no tensor {name}")
   shape = np.shape(state[name])
-  if len(shape) != rank:
-    raise ValueError(f"{name} has shape {shape}; it must have {rank} axes")
+  if len(shape) != rank or 0 in shape:
+    raise ValueError(
+      f"{name} has shape {shape}; it must have {rank} axes, none of them empty"
+    )
   return shape
 
 

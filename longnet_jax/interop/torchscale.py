@@ -31,8 +31,10 @@ def convert(
   longnet = keywords.convert(config)
   decoder = keywords.is_decoder(config)
   model = transformer.LongNetLM if decoder else transformer.LongNetEncoder
-  tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
-  abstract = tensors.abstract_params(model(longnet), tokens)
+  inputs = jax.ShapeDtypeStruct((1, 1), np.int32)
+  if not decoder and not longnet.vocab_size:  # embeddings are made elsewhere
+    inputs = jax.ShapeDtypeStruct((1, 1, longnet.model_dim), np.float32)
+  abstract = tensors.abstract_params(model(longnet), inputs)
   table = model_tensors(longnet, output="output" in abstract)
   state = _without_copies(state, longnet)
   return longnet, tensors.convert(state, table, abstract)
@@ -109,7 +111,8 @@ def _without_copies(state, config):
   for name in state.keys() - kept.keys():
     if config.position != "xpos":
       raise ValueError(f"the state has {name}, but xpos_rel_pos is False")
-    if not np.allclose(state[name], _xpos_scale(config), rtol=1e-5):
+    scale, found = _xpos_scale(config), np.asarray(state[name])
+    if found.shape != scale.shape or not np.allclose(found, scale, rtol=1e-5):
       raise ValueError(f"{name} is not the scale of xPos for this head width")
   output, embedding = "output_projection.weight", "embed_tokens.weight"
   if config.tie_embeddings and output in kept and embedding in kept:

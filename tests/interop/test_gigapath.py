@@ -120,6 +120,15 @@ def test_segment_lengths_follow_the_slide_size():
   [
     ({"head": 8}, "no key 'head'; the nearest is 'heads'"),
     ({"depth": 3}, "depth is 3 in the config and 2 in the tensors"),
+    ({"depth": "2"}, "depth is '2' in the config and 2 in the tensors"),
+    (
+      {"max_wsi_size": 100, "segment_lengths": None},
+      "max_wsi_size at least tile_size; got 100",
+    ),
+    (
+      {"tile_size": 0, "segment_lengths": None},
+      "tile_size must be pixels, such as 256",
+    ),
     ({"heads": 7}, "num_heads must divide model_dim=64, got 7"),
     ({"dilation_rates": "[1, 2]"}, "dilation_rates has 2 entries"),
   ],
@@ -136,6 +145,17 @@ def test_refuses_to_guess_heads(read_golden):
     gigapath.convert(state)
   with pytest.raises(ValueError, match="no tensor encoder.layers.0"):
     gigapath.convert({"w": np.zeros(2)})
+
+
+def test_refuses_gaps_and_empty_tensors_by_name(read_golden):
+  state, config, _ = read_golden("gigapath_small")
+  layer = "encoder.layers"
+  far = {f"{layer}.1000000000.ffn.fc1.bias": np.zeros(256)}
+  with pytest.raises(ValueError, match=f"{layer}.1000000000 and no {layer}.2"):
+    gigapath.convert(state | far, config)
+  empty = {"patch_embed.proj.weight": np.zeros((0, 24), np.float32)}
+  with pytest.raises(ValueError, match=r"proj.weight has shape \(0, 24\)"):
+    gigapath.convert(state | empty, config)
 
 
 def test_a_saved_position_table_is_not_needed(read_golden):

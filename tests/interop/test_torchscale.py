@@ -38,29 +38,56 @@ def test_there_and_back_is_the_identity(read_golden, name):
   jax.tree.map(np.testing.assert_array_equal, params_again, params)
 
 
-def test_a_model_of_ours_goes_there_and_back():
+@pytest.mark.parametrize(
+  "side, changes",
+  [
+    ("decoder", {}),
+    ("decoder", {"position": "none", "tie_embeddings": True}),
+    ("decoder", {"norm_position": "post", "deepnorm": True}),
+    ("decoder", {"norm_position": "post", "sub_layernorm": False}),
+    ("decoder", {"attention": "dense"}),
+    ("encoder", {}),
+    ("encoder", {"vocab_size": 0}),
+    ("encoder", {"norm_position": "post", "deepnorm": True}),
+  ],
+)
+def test_a_model_of_ours_goes_there_and_back(side, changes):
+  if changes.get("deepnorm"):
+    changes = changes | {"sub_layernorm": False}
+  if changes.get("attention") == "dense":
+    changes = changes | {"segment_lengths": (), "dilation_rates": ()}
   config = config_lib.LongNetConfig(
-    vocab_size=7,
-    num_layers=2,
-    model_dim=8,
-    num_heads=2,
-    ffn_dim=12,
-    segment_lengths=(4, 8),
-    dilation_rates=(1, 2),
-    dropout_rate=0.1,
-    dtype="float32",
+    **{
+      "vocab_size": 7,
+      "num_layers": 2,
+      "model_dim": 8,
+      "num_heads": 2,
+      "ffn_dim": 12,
+      "segment_lengths": (4, 8),
+      "dilation_rates": (1, 2),
+      "dropout_rate": 0.1,
+      "padding": "mask" if side == "decoder" else "zeros",
+      "position": "xpos" if side == "decoder" else "none",
+      "dtype": "float32",
+    }
+    | changes
   )
+  models = {
+    "decoder": transformer.LongNetLM,
+    "encoder": transformer.LongNetEncoder,
+  }
+  inputs = jnp.zeros((1, 1), jnp.int32)
+  if not config.vocab_size:
+    inputs = jnp.zeros((1, 1, config.model_dim))
   abstract = jax.eval_shape(
-    transformer.LongNetLM(config).init,
-    jax.random.key(0),
-    jnp.zeros((1, 1), jnp.int32),
+    models[side](config).init, jax.random.key(0), inputs
   )["params"]
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: rng.normal(size=x.shape).astype(np.float32), abstract
   )
   state = torchscale.export(config, params)
-  exported = keywords.export(config, decoder=True)
+  exported = keywords.export(config, decoder=side == "decoder")
   found, again = torchscale.convert(state, exported)
   # With two heads and rates up to 2 both phases are the same.
   assert dataclasses.replace(found, head_phase="interleaved") == config
@@ -102,6 +129,8 @@ def test_copies_are_checked(read_golden):
   name = "layers.0.self_attn.xpos.scale"
   with pytest.raises(ValueError, match=f"{name} is not the scale of xPos"):
     torchscale.convert(state | {name: state[name] * 2}, config)
+  with pytest.raises(ValueError, match=f"{name} is not the scale of xPos"):
+    torchscale.convert(state | {name: np.ones(3)}, config)
   with pytest.raises(ValueError, match="but xpos_rel_pos is False"):
     torchscale.convert(state, config | {"xpos_rel_pos": False})
 
