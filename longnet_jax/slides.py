@@ -18,6 +18,7 @@ from longnet_jax.models import slide_encoder
 
 # Programs that rescale coordinates commonly map them to this range.
 _RESCALED_TO = 1000
+_FARTHEST = np.iinfo(np.int32).max
 
 
 class SlideWarning(UserWarning):
@@ -43,7 +44,8 @@ def check_slide(
 
   Raises:
     ValueError: shapes that do not fit, no tiles, NaN or infinity, negative or
-      fractional coordinates, coordinates rescaled to [0, 1000], duplicates.
+      fractional coordinates or such as no slide has, coordinates rescaled to
+      [0, 1000], duplicates.
 
   Warns:
     SlideWarning: all coordinates within [0, 1000], steps between tiles that
@@ -61,6 +63,11 @@ def check_slide(
   if coords.min() < 0:
     raise ValueError(
       f"{name}: coords go down to {coords.min():g}; level-0 pixels begin at 0"
+    )
+  if coords.max() > _FARTHEST:
+    raise ValueError(
+      f"{name}: coords reach {coords.max():g}; level-0 pixels end before"
+      f" {_FARTHEST:g}"
     )
   cells = coords // config.tile_size
   shared = len(coords) - len(np.unique(cells, axis=0))
@@ -88,7 +95,9 @@ def encode_slides(
   for slide in slides:
     batch = pad_slides([slide], padded_length(len(slide.tiles)))
     found.append(np.asarray(apply({"params": params}, *batch))[0])
-  return np.stack(found) if found else np.zeros((0, config.model_dim))
+  return (
+    np.stack(found) if found else np.zeros((0, config.model_dim), np.float32)
+  )
 
 
 def pad_slides(

@@ -27,14 +27,19 @@ def read(
 
   Without "param/" names every array is of the state and of the others.
   """
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = dict(file)
-  except (ValueError, EOFError) as error:
-    raise ValueError(f"{path} is no .npz file of plain arrays") from error
+  with open(path, "rb") as file:
+    try:
+      arrays = dict(np.load(file, allow_pickle=False))
+    except Exception as error:  # what is damaged can raise anything
+      raise ValueError(f"{path} is no .npz file of plain arrays") from error
   config = None
   if "config" in arrays:
-    config = json.loads(str(arrays.pop("config")))
+    try:
+      config = dict(json.loads(str(arrays.pop("config"))))
+    except (TypeError, ValueError, RecursionError) as error:
+      raise ValueError(
+        f"config in {path} must be a dictionary as JSON: {error}"
+      ) from error
   prefixed = {k: v for k, v in arrays.items() if k.startswith(_PREFIX)}
   state = {k.removeprefix(_PREFIX): v for k, v in prefixed.items()} or arrays
   others = {k: v for k, v in arrays.items() if k not in prefixed}
@@ -51,7 +56,8 @@ def compare(
   LongViT ("features", "logits").
 
   Raises:
-    ValueError: an input is missing, or there is no output to compare.
+    ValueError: an input is missing or of a type that none has, there is no
+      output to compare, or an output says nothing.
   """
   functions, inputs = _functions(config)
   missing = [name for name in inputs if name not in golden]
@@ -70,7 +76,10 @@ def compare(
         f"{name} has shape {expected.shape} in the goldens, {found.shape} here"
       )
     difference = np.abs(np.asarray(found, np.float32) - expected).max()
-    errors[name] = float(difference / np.abs(expected).max())
+    largest = np.abs(expected).max()
+    if not 0 < largest < np.inf:
+      raise ValueError(f"{name} in the goldens has nothing but zeros, or NaN")
+    errors[name] = float(difference / largest)
   return errors
 
 
@@ -99,4 +108,6 @@ def _functions(config):
 def _narrow(array):
   """JAX has no 64-bit numbers unless asked to."""
   kinds = {"i": np.int32, "u": np.int32, "f": np.float32}
+  if array.dtype.kind not in kinds:
+    raise ValueError(f"the goldens have an input of type {array.dtype}")
   return array.astype(kinds[array.dtype.kind])
