@@ -7,13 +7,10 @@ pixels; without one the slide is synthetic, of --num_tiles. Prints time and
 memory; --out=FILE.npz gets the slide's embedding by both poolings and the
 features of its tiles, --json=FILE the measurements.
 
-Released size on two CPU cores: about 2 minutes and 1.5 GB for 10,000 tiles, 6
-minutes and 6.5 GB for 100,000 (docs/slide_100k_tiles.json).
+Released size, measured: docs/slide_10k_tiles.json, docs/slide_100k_tiles.json.
 """
 
 import json
-import os
-import platform
 import resource
 import time
 
@@ -22,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments import command
-from longnet_jax import slides
+from longnet_jax import slides, speed
 from longnet_jax.interop import gigapath
 from longnet_jax.models import slide_encoder
 from longnet_jax.training import checkpoint
@@ -52,13 +49,16 @@ def main(_) -> None:
     "seconds_compile": round(seconds["compile"], 1),
     "seconds_run": round(seconds["run"], 1),
     "peak_gigabytes": round(_peak_bytes() / 1e9, 2),
-    "device": f"{jax.devices()[0].device_kind} ({platform.machine()})",
-    "cores": len(os.sched_getaffinity(0)),
   }
   for name, value in record.items():
     print(
       f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}"
     )
+  record = {
+    "command": command.line(),
+    "hardware": speed.hardware(),
+    **record,
+  }
   if _OUT.value:
     np.savez(_OUT.value, coords=slide.coords, **outputs)
   if _JSON.value:

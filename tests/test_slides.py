@@ -58,6 +58,8 @@ def _with_tile(slide, value):
     (lambda s: s._replace(coords=s.coords / 256), "look rescaled"),
     (lambda s: s._replace(coords=s.coords * 1.3), "is no whole number of"),
     (lambda s: s._replace(coords=s.coords - 300), "level-0 pixels begin at 0"),
+    (lambda s: s._replace(coords=s.coords + 2.0**32), "pixels end before"),
+    (lambda s: s._replace(coords=s.coords.astype(str)), "coords have type <U"),
     (
       lambda s: s._replace(coords=np.vstack([s.coords[:-1], s.coords[:1]])),
       "case: 1 duplicate tiles, the first at",
@@ -124,7 +126,10 @@ def test_encoding_checks_first(params):
   good, bad = _slide(), _slide()._replace(coords=_slide().coords / 256)
   with pytest.raises(ValueError, match="slide 1: coords look rescaled"):
     slides.encode_slides(_CONFIG, params, [good, bad])
-  assert slides.encode_slides(_CONFIG, params, []).shape == (0, 8)
+  none = slides.encode_slides(_CONFIG, params, [])
+  assert (none.shape, none.dtype) == ((0, 8), np.float32)
+  single = slides.encode_slides(_CONFIG, params, [_slide(1)])
+  assert single.shape == (1, 8) and np.isfinite(single).all()
 
 
 def test_padding_is_bounded_and_compiles_few_programs():

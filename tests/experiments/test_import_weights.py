@@ -65,10 +65,13 @@ def test_slide_encoder_from_pth_to_embedding(tmp_path):
   outputs = np.load(out)
   assert outputs["features"].shape == (300, 64)
   assert outputs["cls"].shape == outputs["mean"].shape == (64,)
-  assert json.loads(record.read_text())["tiles"] == 300
+  record = json.loads(record.read_text())
+  assert record["tiles"] == 300
+  assert record["command"].startswith("python -m experiments.encode_slide")
+  assert record["hardware"]["cpu_cores"] >= 1
 
 
-def test_decoder_can_be_evaluated(tmp_path):
+def test_decoder_can_be_evaluated_and_continued(tmp_path):
   config = model_config.LongNetConfig(
     vocab_size=264,
     num_layers=1,
@@ -106,6 +109,7 @@ def test_decoder_can_be_evaluated(tmp_path):
   result = json.loads((workdir / "evaluation.json").read_text())
   # Random weights know nothing: about log2(264) bits a byte.
   assert 7 < result["lengths"][0]["bits_per_byte"] < 10
+  assert _run("generate", workdir=workdir, prompt="a", max_new_tokens=3)
 
 
 def test_a_wrong_model_is_not_written(tmp_path):
