@@ -140,13 +140,12 @@ def _streams(pattern, rate, num_kv_heads):
 
 def _checked_kv_heads(pattern, num_kv_heads, head_dim, itemsize):
   """Returns the number of key/value heads, or refuses the sizes."""
-  if min(head_dim, itemsize) < 1:
-    raise ValueError(
-      f"head_dim is {head_dim} and itemsize {itemsize}: both must be 1 or more"
-    )
+  pattern_lib.as_int("head_dim", head_dim)
+  pattern_lib.as_int("itemsize", itemsize)
   if num_kv_heads is None:
     return pattern.num_heads
-  if num_kv_heads < 1 or pattern.num_heads % num_kv_heads:
+  num_kv_heads = pattern_lib.as_int("num_kv_heads", num_kv_heads)
+  if pattern.num_heads % num_kv_heads:
     raise ValueError(
       f"num_kv_heads is {num_kv_heads}: must divide num_heads "
       f"{pattern.num_heads}"

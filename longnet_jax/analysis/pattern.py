@@ -4,7 +4,9 @@ Everything else in `longnet_jax.analysis` is counted from these definitions
 (arXiv 2307.02486, equations 4-6 and section 2.3).
 """
 
+from collections.abc import Iterable
 import dataclasses
+import operator
 
 import numpy as np
 
@@ -35,7 +37,9 @@ class Pattern:
 
   def __post_init__(self):
     for name in ("segment_lengths", "dilation_rates"):
-      object.__setattr__(self, name, tuple(getattr(self, name)))
+      object.__setattr__(self, name, _ints(name, getattr(self, name)))
+    for name in ("length", "num_heads"):
+      object.__setattr__(self, name, as_int(name, getattr(self, name)))
     lengths, rates = self.segment_lengths, self.dilation_rates
     if not lengths:
       raise ValueError("segment_lengths is empty: give at least one branch")
@@ -44,9 +48,6 @@ class Pattern:
         f"dilation_rates has {len(rates)} entries, segment_lengths "
         f"{len(lengths)}: give one of each for every branch"
       )
-    for name in ("segment_lengths", "dilation_rates", "length", "num_heads"):
-      if np.min(getattr(self, name)) < 1:
-        raise ValueError(f"{name} is {getattr(self, name)}: must be 1 or more")
     if self.head_phase not in HEAD_PHASES:
       raise ValueError(
         f"head_phase is {self.head_phase!r}: choose one of {HEAD_PHASES}"
@@ -62,6 +63,38 @@ class Pattern:
     """(Query, key) pairs that dense attention would score for one head."""
     n = self.length
     return n * (n + 1) // 2 if self.is_causal else n * n
+
+
+def as_int(name: str, value: int) -> int:
+  """Returns a Python int, which has no overflow; refuses all but 1, 2, ..."""
+  try:
+    if isinstance(value, (bool, np.bool_)):
+      raise TypeError
+    number = operator.index(value)
+  except TypeError:
+    raise ValueError(f"{name} is {value!r}: must be an int") from None
+  if number < 1:
+    raise ValueError(f"{name} is {value}: must be 1 or more")
+  return number
+
+
+def index(name: str, value: int, size: int) -> int:
+  """Returns a Python int in [0, size), refuses anything else."""
+  try:
+    number = operator.index(value)
+  except TypeError:
+    raise ValueError(f"{name} is {value!r}: must be an int") from None
+  if not 0 <= number < size:
+    raise ValueError(f"{name} is {value}: must be in 0 .. {size - 1}")
+  return number
+
+
+def _ints(name, values):
+  if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+    raise ValueError(
+      f"{name} is {values!r}: give a sequence of ints such as (2048, 4096)"
+    )
+  return tuple(as_int(f"an entry of {name}", value) for value in values)
 
 
 def dense(pattern: Pattern) -> Pattern:
@@ -134,6 +167,8 @@ def kept_per_segment(rows: int, rate: int, offset: int) -> int:
 
 def kept_rows(pattern: Pattern, branch: int, head: int) -> np.ndarray:
   """Returns the increasing positions that one head keeps in one branch."""
+  branch = index("branch", branch, len(pattern.branches))
+  head = index("head", head, pattern.num_heads)
   width, rate = pattern.branches[branch]
   position = np.arange(pattern.length)
   residue = position % width % rate

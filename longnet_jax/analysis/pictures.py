@@ -16,19 +16,22 @@ import numpy as np
 from longnet_jax.analysis import pattern as pattern_lib
 from longnet_jax.analysis import reach
 
-_LARGEST = 512  # positions; beyond it a cell is smaller than a pixel
+_LARGEST = 512  # positions; beyond it pictures become very large
 _OUTLINED = 40  # positions up to which cells are told apart by white lines
 _DPI = 160
+_CELL = 2 / _DPI  # inches, at least: narrower cells drop out or beat
 _UNREAD = "#f4f4f4"
 _FUTURE = "#d9d9d9"
-_PALETTE = (  # Okabe and Ito's: colour-blind readers tell them apart too
+# Okabe and Ito's: colour-blind readers tell them apart too. Their yellow, pale
+# beside the background, is left out.
+_PALETTE = (
   "#0072b2",
   "#e69f00",
   "#009e73",
   "#cc79a7",
   "#56b4e9",
   "#d55e00",
-  "#f0e442",
+  "#000000",
 )
 
 
@@ -43,8 +46,8 @@ def draw_branches(
   A pair that several branches read has the colour of the first of them.
   """
   _check(pattern)
-  _check_index("head", head, pattern.num_heads)
-  figure, panels = _panels(len(pattern.branches) + 1)
+  pattern_lib.index("head", head, pattern.num_heads)
+  figure, panels = _panels(len(pattern.branches) + 1, pattern.length)
   _draw_branch_panels(panels, pattern, head)
   figure.suptitle(f"Branches of head {head}: {_setting(pattern)}")
   return _finish(figure, path)
@@ -61,13 +64,13 @@ def draw_heads(
   A pair that several heads read has the colour of the first of them.
   """
   _check(pattern)
-  _check_index("branch", branch, len(pattern.branches))
+  pattern_lib.index("branch", branch, len(pattern.branches))
   width, rate = pattern.branches[branch]
   masks = [
     pattern_lib.branch_mask(pattern, branch, head)
     for head in range(pattern.num_heads)
   ]
-  figure, panels = _panels(len(masks) + 1)
+  figure, panels = _panels(len(masks) + 1, pattern.length)
   for head, mask in enumerate(masks):
     offset = pattern_lib.phase(pattern, rate, head)
     alone = np.where(mask, head + 1, 0)
@@ -112,7 +115,7 @@ def draw_overview(path: str | os.PathLike) -> mpl_figure.Figure:
   union of the other heads, each shifted by its phase, and all heads together.
   """
   pattern = pattern_lib.Pattern(32, 4, (8, 16, 32), (1, 2, 4))
-  figure, panels = _panels(8, columns=4)
+  figure, panels = _panels(8, pattern.length, columns=4)
   _draw_branch_panels(panels[:4], pattern, head=0)
   unions = [_branch_owners(pattern, head) for head in range(pattern.num_heads)]
   for head in range(1, pattern.num_heads):
@@ -187,7 +190,7 @@ def _show(axes, pattern, image, **style):
     axes.hlines(edges, -0.5, n - 0.5, color="white", linewidth=0.5)
     axes.vlines(edges, -0.5, n - 0.5, color="white", linewidth=0.5)
   for axis in (axes.xaxis, axes.yaxis):
-    axis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    axis.set_major_locator(ticker.MaxNLocator(5, integer=True, min_n_ticks=1))
   axes.set(xlabel="key position", ylabel="query position")
   axes.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5))
   axes.spines[:].set_visible(False)
@@ -196,10 +199,13 @@ def _show(axes, pattern, image, **style):
 
 def _draw_levels(pattern, levels, label, path):
   """Draws an integer a pair, -1 for none, with a scale beside it."""
-  figure = mpl_figure.Figure(figsize=(6.4, 5.6), layout="constrained")
+  side = max(4.7, pattern.length * _CELL)
+  figure = mpl_figure.Figure(
+    figsize=(side + 1.7, side + 0.9), layout="constrained"
+  )
   axes = figure.add_subplot()
   low, high = levels[levels >= 0].min(initial=1), levels.max(initial=1)
-  steps = max(high - low + 1, 2)
+  steps = high - low + 1
   palette = matplotlib.colormaps["viridis_r"].resampled(steps)
   palette = palette.with_extremes(bad=_UNREAD)
   drawn = _show(
@@ -217,12 +223,14 @@ def _draw_levels(pattern, levels, label, path):
   return _finish(figure, path)
 
 
-def _panels(count, columns=None):
+def _panels(count, length, columns=None):
   """Returns a figure and `count` square axes, at most five in a row."""
-  columns = columns or min(count, 5)
-  rows = -(-count // columns)
+  rows = -(-count // (columns or 5))
+  columns = columns or -(-count // rows)
+  side = max(2.1, length * _CELL)
   figure = mpl_figure.Figure(
-    figsize=(2.7 * columns, 3.1 * rows + 0.8), layout="constrained"
+    figsize=((side + 0.6) * columns, (side + 0.75) * rows + 0.4),
+    layout="constrained",
   )
   grid = figure.subplots(rows, columns, squeeze=False).flat
   for axes in grid[count:]:
@@ -253,8 +261,3 @@ def _check(pattern):
       f"length is {pattern.length}: pictures hold up to {_LARGEST} positions;"
       " draw a smaller pattern with the same proportions"
     )
-
-
-def _check_index(name, index, size):
-  if not 0 <= index < size:
-    raise ValueError(f"{name} is {index}: must be in 0 .. {size - 1}")

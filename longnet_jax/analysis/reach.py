@@ -91,8 +91,8 @@ def reached_pairs(
     num_layers: entries to return; None: until another layer adds no pair.
     sources: key positions to follow, each counted once; None: all of them.
   """
-  if num_layers is not None and num_layers < 1:
-    raise ValueError(f"num_layers is {num_layers}: must be 1 or more, or None")
+  if num_layers is not None:
+    num_layers = pattern_lib.as_int("num_layers", num_layers)
   if sources is not None:
     keys = _check_sources(pattern, sources)
     return _pad(_count(pattern, keys, num_layers), num_layers)
@@ -207,16 +207,13 @@ def _pad(series, length):
 
 def _check_sources(pattern, sources):
   """Returns the distinct positions in increasing order, or refuses them."""
-  keys = np.unique(np.asarray(sources, dtype=np.int64))
+  keys = np.unique(np.asarray(sources))
   if not keys.size:
     raise ValueError("sources is empty: give a position or None for all")
   _check_position(pattern, keys[0])
   _check_position(pattern, keys[-1])
-  return keys
+  return keys.astype(np.int64)
 
 
 def _check_position(pattern, position):
-  if not 0 <= position < pattern.length:
-    raise ValueError(
-      f"position is {position}: must be in 0 .. {pattern.length - 1}"
-    )
+  return pattern_lib.index("position", position, pattern.length)

@@ -1,5 +1,6 @@
 """Segment lengths and dilation rates for a length and a compute budget."""
 
+import numbers
 from typing import NamedTuple
 
 from longnet_jax.analysis import costs
@@ -47,10 +48,15 @@ def suggest(
     allow_gaps: whether rates may exceed the number of heads.
 
   Raises:
-    ValueError: the budget is below the cheapest such setting.
+    ValueError: a size is not a positive int, or the budget is below the
+      cheapest such setting.
   """
-  if ratio < 2:
+  length = pattern_lib.as_int("length", length)
+  num_heads = pattern_lib.as_int("num_heads", num_heads)
+  if pattern_lib.as_int("ratio", ratio) < 2:
     raise ValueError(f"ratio is {ratio}: must be 2 or more")
+  if not isinstance(budget, numbers.Real) or not budget > 0:
+    raise ValueError(f"budget is {budget!r}: must be a number of FLOPs above 0")
   suggestions = [
     _priced(
       _geometric(length, num_heads, first, ratio, allow_gaps),

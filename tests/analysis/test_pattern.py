@@ -77,12 +77,31 @@ def test_a_pattern_from_a_configuration():
     ((8, 2, (), ()), "segment_lengths is empty"),
     ((0, 2, (4,), (1,)), "length is 0"),
     ((8, 0, (4,), (1,)), "num_heads is 0"),
-    ((8, 2, (4,), (0,)), r"dilation_rates is \(0,\)"),
+    ((8, 2, (4,), (0,)), "an entry of dilation_rates is 0"),
+    ((8, 2, (4.5,), (1,)), "an entry of segment_lengths is 4.5"),
+    ((8, 2, 4, (1,)), "segment_lengths is 4: give a sequence"),
+    ((8.5, 2, (4,), (1,)), "length is 8.5: must be an int"),
+    ((True, 2, (4,), (1,)), "length is True: must be an int"),
   ],
 )
 def test_bad_settings_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     analysis.Pattern(*arguments)
+
+
+def test_numbers_of_numpy_do_not_overflow():
+  widths, rates = np.array([2**11, 2**30], np.int32), np.array([1, 16])
+  pattern = analysis.Pattern(np.int32(2**30), np.int32(12), widths, rates)
+  assert all(type(w) is int for w in pattern.segment_lengths)
+  assert analysis.cost(pattern).forward_flops > 2**62
+
+
+def test_rows_of_no_head_or_branch_are_refused():
+  pattern = analysis.Pattern(8, 2, (4,), (1,))
+  with pytest.raises(ValueError, match="branch is 1: must be in 0 .. 0"):
+    analysis.kept_rows(pattern, 1, 0)
+  with pytest.raises(ValueError, match="head is -1"):
+    analysis.kept_rows(pattern, 0, -1)
 
 
 def test_an_unknown_phase_is_refused():

@@ -69,6 +69,19 @@ def test_a_pattern_that_reads_nothing_is_drawn():
   analysis.draw_heads(pattern)
 
 
+def test_every_cell_of_the_largest_pattern_has_pixels():
+  pattern = analysis.Pattern(512, 1, (512,), (12,))
+  for figure in (analysis.draw_branches(pattern), analysis.draw_union(pattern)):
+    figure.draw_without_rendering()
+    width = figure.axes[0].get_window_extent().width / figure.dpi
+    assert width * pictures._DPI > 1.8 * pattern.length
+
+
+def test_a_single_position_has_whole_numbers_on_its_axes():
+  axes = analysis.draw_union(analysis.Pattern(1, 1, (1,), (1,))).axes[0]
+  assert [t for t in axes.get_xticks() if -0.5 <= t <= 0.5] == [0]
+
+
 def test_what_cannot_be_drawn_is_refused():
   with pytest.raises(ValueError, match="length is 4096"):
     analysis.draw_union(analysis.Pattern(4096, 1, (8,), (1,)))

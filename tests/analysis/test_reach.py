@@ -106,5 +106,9 @@ def test_bad_arguments_are_refused():
     analysis.coverage(pattern, 1, sources=[])
   with pytest.raises(ValueError, match="num_layers is 0"):
     analysis.coverage(pattern, 0)
+  with pytest.raises(ValueError, match="num_layers is 1.5"):
+    analysis.coverage(pattern, 1.5)
+  with pytest.raises(ValueError, match="position is .*1.5.*: must be an int"):
+    analysis.coverage(pattern, 1, sources=[1.5])
   with pytest.raises(ValueError, match="do not grow"):
     analysis.logarithmic_bound(pattern)

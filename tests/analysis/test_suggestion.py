@@ -61,5 +61,12 @@ def test_a_small_budget_is_refused_with_the_cheapest_cost():
     analysis.suggest(2**30, 12, 1e15)
   with pytest.raises(ValueError, match="cheapest setting for 64 positions"):
     analysis.suggest(64, 2, 1, allow_gaps=True)
+  for budget in (0, float("nan"), "1e9"):
+    with pytest.raises(ValueError, match="budget is .*: must be a number"):
+      analysis.suggest(64, 2, budget)
+  with pytest.raises(ValueError, match="num_heads is 0"):
+    analysis.suggest(64, 0, 1e9)
+  with pytest.raises(ValueError, match="length is 64.5"):
+    analysis.suggest(64.5, 2, 1e9)
   with pytest.raises(ValueError, match="ratio is 1"):
     analysis.suggest(64, 2, 1e9, ratio=1)
