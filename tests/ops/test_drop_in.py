@@ -116,3 +116,19 @@ def test_more_batch_axes_types_and_precision():
   wanted = longnet_jax.dilated_attention(flat, flat, flat, **BRANCHES)
   np.testing.assert_allclose(out.reshape(flat.shape), wanted, atol=5e-6)
   assert attend(x, x, x, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_precision_is_that_of_the_backward_pass_too():
+  attend = longnet_jax.attention_fn(**BRANCHES)
+  x = jnp.ones((1, 8, 2, 4))
+
+  def loss(x, key):
+    return attend(
+      x, x, x, precision="highest", dropout_rate=0.5, dropout_rng=key
+    ).sum()
+
+  text = str(jax.make_jaxpr(jax.grad(loss))(x, jax.random.key(0)))
+  assert text.count("dot_general") == text.count("precision=(Precision.HIGHEST")
+  keys = jax.random.split(jax.random.key(0), 2)
+  grads = jax.vmap(jax.grad(loss), (None, 0))(x, keys)
+  np.testing.assert_allclose(grads[1], jax.grad(loss)(x, keys[1]), atol=1e-6)
