@@ -217,7 +217,7 @@ def _draw_levels(pattern, levels, label, path):
     vmax=low + steps - 0.5,
   )
   scale = figure.colorbar(drawn, ax=axes, label=label, shrink=0.85)
-  scale.locator = ticker.MaxNLocator(10, integer=True)
+  scale.locator = ticker.MaxNLocator(10, integer=True, min_n_ticks=1)
   scale.update_ticks()
   axes.set_title(_setting(pattern), fontsize=10)
   return _finish(figure, path)
@@ -229,7 +229,7 @@ def _panels(count, length, columns=None):
   columns = columns or -(-count // rows)
   side = max(2.1, length * _CELL)
   figure = mpl_figure.Figure(
-    figsize=((side + 0.6) * columns, (side + 0.75) * rows + 0.4),
+    figsize=((side + 0.6) * columns, (side + 0.85) * rows + 0.6),
     layout="constrained",
   )
   grid = figure.subplots(rows, columns, squeeze=False).flat

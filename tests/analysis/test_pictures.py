@@ -78,8 +78,9 @@ def test_every_cell_of_the_largest_pattern_has_pixels():
 
 
 def test_a_single_position_has_whole_numbers_on_its_axes():
-  axes = analysis.draw_union(analysis.Pattern(1, 1, (1,), (1,))).axes[0]
+  axes, scale = analysis.draw_union(analysis.Pattern(1, 1, (1,), (1,))).axes
   assert [t for t in axes.get_xticks() if -0.5 <= t <= 0.5] == [0]
+  assert [t for t in scale.get_yticks() if 0.5 <= t <= 1.5] == [1]
 
 
 def test_what_cannot_be_drawn_is_refused():
