@@ -56,17 +56,19 @@ def dilated_attention(
     dilation_rates: (r_1, ..., r_n), each at most its segment length. Neither
       need T be a multiple of w nor w of r.
     is_causal: whether a row sees only rows up to itself.
-    scale: multiplies the scores; 1 / sqrt(H) by default.
+    scale: multiplies the scores; 1 / sqrt(H) by default. A traced one
+      multiplies the query, in its type, and has a gradient.
     key_value_seq_lengths: (B,), keys at or past the length are not attended.
     segment_ids: (B, T), rows attend to rows of the same id only (packed
-      documents).
+      documents); any ints but -2^31 and -2^31 + 1, which mark what is hidden.
     head_phase: "interleaved" (head j keeps rows j mod r, the paper) or
       "blocked" (j // ceil(N / r), torchscale and the released weights).
     padding: "mask" (ragged ends hide) or "zeros" (torchscale's: they are zero
       keys that take softmax mass where not causal).
     mixing_gradient: whether gradients flow through the mixing weights, as
       they should; False detaches them as torchscale does.
-    dropout_rate: share of attention probabilities to drop; needs dropout_key.
+    dropout_rate: share of attention probabilities to drop, static; needs
+      dropout_key.
     dropout_key: a JAX random key.
     axis_name: the mesh axis over which T is sharded, inside `jax.shard_map`;
       all arrays but key_value_seq_lengths are then the device's part. Or a
@@ -87,6 +89,7 @@ def dilated_attention(
   """
   query, key, value = map(jnp.asarray, (query, key, value))
   settings_lib.check_shapes(query, key, value)
+  query, scale = settings_lib.fold_scale(query, scale)
   settings = settings_lib.make_settings(
     query.shape[-1],
     segment_lengths=segment_lengths,
@@ -98,7 +101,7 @@ def dilated_attention(
     mixing_gradient=mixing_gradient,
     dropout_rate=dropout_rate,
   )
-  settings_lib.check_masks(
+  lengths, segment_ids = settings_lib.check_masks(
     query, settings, key_value_seq_lengths, segment_ids, dropout_key
   )
   if implementation not in (None, *IMPLEMENTATIONS):
@@ -113,7 +116,7 @@ def dilated_attention(
   seed = None
   if settings.dropout_rate:
     seed = jax.random.bits(dropout_key, dtype=jnp.uint32)
-  inputs = query, key, value, key_value_seq_lengths, segment_ids, seed
+  inputs = query, key, value, lengths, segment_ids, seed
   if axis_name is not None:
     layout = axis_name
     if not isinstance(layout, sharded.Layout):

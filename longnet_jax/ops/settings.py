@@ -5,9 +5,11 @@ import math
 import operator
 from typing import NamedTuple
 
+import jax
 from jax import numpy as jnp
+import numpy as np
 
-from longnet_jax.ops import dilation
+from longnet_jax.ops import attention, dilation
 
 PADDINGS = ("mask", "zeros")
 
@@ -37,23 +39,58 @@ def make_settings(
   dropout_rate: float,
 ) -> Settings:
   """Returns the settings, or raises ValueError naming a legal value."""
+  for name, value in (
+    ("is_causal", is_causal),
+    ("mixing_gradient", mixing_gradient),
+  ):
+    if not isinstance(value, (bool, np.bool_)):
+      raise ValueError(f"{name} is {value!r}; use True or False, not traced")
   for name, value, legal in (
     ("head_phase", head_phase, dilation.HEAD_PHASES),
     ("padding", padding, PADDINGS),
   ):
     if value not in legal:
       raise ValueError(f"{name} is {value!r}; use one of {legal}")
+  dropout_rate = _number("dropout_rate", dropout_rate)
   if not 0.0 <= dropout_rate < 1.0:
     raise ValueError(f"dropout_rate is {dropout_rate}; use one in [0, 1)")
+  if scale is None:
+    scale = 1.0 / math.sqrt(head_width)
   return Settings(
     branches=check_branches(segment_lengths, dilation_rates),
     is_causal=bool(is_causal),
-    scale=1.0 / math.sqrt(head_width) if scale is None else float(scale),
+    scale=_number("scale", scale),
     head_phase=head_phase,
     padding=padding,
     mixing_gradient=bool(mixing_gradient),
-    dropout_rate=float(dropout_rate),
+    dropout_rate=dropout_rate,
   )
+
+
+def _number(name: str, value: float) -> float:
+  """Returns a Python float, or raises ValueError if there is none."""
+  try:
+    number = float(value)
+  except (TypeError, ValueError):  # a tracer's error is a TypeError
+    number = math.nan
+  if not math.isfinite(number):
+    raise ValueError(f"{name} is {value!r}; use a finite number, not traced")
+  return number
+
+
+def fold_scale(query, scale):
+  """Returns query and the scale, folded into the query where it is traced.
+
+  The scale of the settings is static; a traced one multiplies the query, in
+  float32 or wider, and leaves 1.
+  """
+  if not isinstance(scale, jax.core.Tracer):
+    return query, scale
+  if scale.shape:
+    raise ValueError(f"scale has shape {scale.shape}; give a scalar")
+  dtype = attention.accumulator(query.dtype)
+  scaled = query.astype(dtype) * scale.astype(dtype)
+  return scaled.astype(query.dtype), 1.0
 
 
 def check_branches(
@@ -81,7 +118,8 @@ def _positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
     raise ValueError(
       f"{name} is {values!r}; give a sequence of ints such as (2048, 4096)"
     )
-  if not len(values):
+  values = tuple(values)
+  if not values:
     raise ValueError(f"{name} is empty; give at least one int")
   checked = []
   for value in values:
@@ -135,8 +173,15 @@ def check_shapes(query, key, value):
 
 
 def check_masks(query, settings, lengths, segment_ids, dropout_key):
-  """Raises ValueError unless masks and dropout fit the query and settings."""
+  """Returns lengths as int32 and segment_ids as int32 or a wider type.
+
+  Narrower ints could not hold the ids of what is hidden. Raises ValueError
+  unless masks and dropout fit the query and settings.
+  """
   batch, length = query.shape[:2]
+  lengths, segment_ids = (
+    None if x is None else jnp.asarray(x) for x in (lengths, segment_ids)
+  )
   for name, x, shape in (
     ("key_value_seq_lengths", lengths, (batch,)),
     ("segment_ids", segment_ids, (batch, length)),
@@ -157,3 +202,9 @@ def check_masks(query, settings, lengths, segment_ids, dropout_key):
       f"dropout_rate is {settings.dropout_rate} but dropout_key is None; "
       "give a key such as jax.random.key(0)"
     )
+  if lengths is not None:
+    last = min(int(jnp.iinfo(lengths.dtype).max), 2**31 - 1)
+    lengths = jnp.clip(lengths, 0, last).astype(jnp.int32)
+  if segment_ids is not None and segment_ids.dtype.itemsize < 8:
+    segment_ids = segment_ids.astype(jnp.int32)
+  return lengths, segment_ids

@@ -144,6 +144,8 @@ def test_family_equals_oracle(setting):
 @hypothesis.settings(max_examples=300, deadline=None)
 @hypothesis.given(settings_strategy())
 def test_family_equals_oracle_at_length(setting):
+  # Hundreds of compiled programs at once are more maps than a process may have.
+  jax.clear_caches()
   options, traced, tensors = setting
   wanted = expected(tensors, options, traced)
   for implementation in ("reference", "xla"):
@@ -381,6 +383,42 @@ def test_memory_does_not_grow_with_branches_and_no_scores_are_whole():
   assert temporary(16384, 3) < 2.5 * temporary(8192, 3)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.uint32])
+def test_masks_of_any_int_type_hide_the_same(dtype):
+  tensors = inputs(2, 15, 2, 2, 3)
+  options = {"segment_lengths": (7, 15), "dilation_rates": (3, 4)}
+  ids = np.repeat([[0, 1], [2, 0]], (8, 7), axis=1)
+  traced = {
+    "segment_ids": jnp.asarray(ids, dtype),
+    "key_value_seq_lengths": jnp.array([15, 11], dtype),
+  }
+  check(
+    run("xla", tensors, options, traced), expected(tensors, options, traced)
+  )
+
+
+def test_a_traced_scale_has_a_gradient():
+  tensors = inputs(1, 12, 2, 2, 3)
+
+  @jax.jit
+  def loss(scale):
+    return (longnet_jax.dilated_attention(*tensors, **PAPER, scale=scale)).sum()
+
+  fixed = longnet_jax.dilated_attention(*tensors, **PAPER, scale=0.7).sum()
+  np.testing.assert_allclose(loss(0.7), fixed, atol=1e-5)
+  slope = (loss(0.71) - loss(0.69)) / 0.02
+  np.testing.assert_allclose(jax.grad(loss)(0.7), slope, rtol=2e-2, atol=1e-2)
+
+
+def test_what_must_be_static_says_so():
+  attend = functools.partial(
+    longnet_jax.dilated_attention, *inputs(1, 4, 1, 1, 2)
+  )
+  for name, value in (("dropout_rate", 0.5), ("is_causal", True)):
+    with pytest.raises(ValueError, match=f"{name} is .*, not traced"):
+      jax.jit(lambda x, name=name: attend(**{**PAPER, name: x}))(value)
+
+
 def test_mixing_weights_sum_to_one():
   query, key, _ = inputs(1, 32, 2, 2, 4)
   shares = op.mixing_weights(query, key, **PAPER)
@@ -409,6 +447,10 @@ REFUSALS = {
   "padding is 'ones'": {"padding": "ones"},
   "dropout_rate is 1.5": {"dropout_rate": 1.5},
   "dropout_key is None": {"dropout_rate": 0.5},
+  "dropout_rate is None": {"dropout_rate": None},
+  "scale is 'large'": {"scale": "large"},
+  "scale is nan": {"scale": float("nan")},
+  "is_causal is 'no'; use True or False": {"is_causal": "no"},
   "implementation is 'cuda'": {"implementation": "cuda"},
   "key_value_seq_lengths is": {"key_value_seq_lengths": np.ones((3,), int)},
   "segment_ids is float": {"segment_ids": np.ones((1, 16), np.float32)},
