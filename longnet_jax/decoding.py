@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from longnet_jax import parallel_prefill
 from longnet_jax.models import attention, cached_attention, transformer
 from longnet_jax.models import cache as cache_lib
 from longnet_jax.models import config as config_lib
@@ -26,6 +27,7 @@ def prefill(
   *,
   max_length: int | None = None,
   chunk: int = 512,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Float[Array, "B V"], cache_lib.Cache]:
   """Reads prompts and returns what `decode_step` goes on from.
 
@@ -41,6 +43,12 @@ def prefill(
       Dilated attention needs no bound; one shorter than a segment saves bytes.
     chunk: rows of each prompt that are computed at once; results do not depend
       on it.
+    mesh: of `parallel.mesh.make_mesh`. Its `seq` devices share the positions of
+      the whole prompts, which they read at once and not in chunks; `data` the
+      prompts, `model` the heads. The cache lies over the mesh. To decode there,
+      give `decode_step` parameters that do, by
+      `parallel.sharding.place_for_reading(params, mesh)`; to decode on one
+      device, move the cache to it with `jax.device_put`.
 
   Returns:
     The logits after each prompt's last token, and the cache.
@@ -60,12 +68,20 @@ def prefill(
   lengths = _checked_lengths(lengths, batch, length)
   if max_length is None and config.attention != "dilated":
     max_length = max(config.max_positions, length)
-  cache = cache_lib.make_cache(config, batch, max_length=max_length)
-  if length > cache.max_length:
+  make_cache = functools.partial(
+    cache_lib.make_cache, config, batch, max_length=max_length
+  )
+  room = jax.eval_shape(make_cache).max_length
+  if length > room:
     raise ValueError(
-      f"a prompt of {length} tokens is longer than the {cache.max_length}"
-      " positions there is room for; shorten it"
+      f"a prompt of {length} tokens is longer than the {room} positions there"
+      " is room for; shorten it"
     )
+  if mesh is not None:
+    return parallel_prefill.read(
+      config, params, tokens, lengths, max_length=room, mesh=mesh
+    )
+  cache = make_cache()
   # Powers of two, so that prompts of many lengths share one compilation.
   chunk = min(chunk, 1 << (length - 1).bit_length())
   tokens = np.pad(tokens, [(0, 0), (0, -length % chunk)])

@@ -10,6 +10,7 @@ import numpy as np
 
 from longnet_jax import decoding
 from longnet_jax.models import config as config_lib
+from longnet_jax.parallel import sharding
 
 
 def generate(
@@ -25,6 +26,7 @@ def generate(
   seed: int = 0,
   callback: Callable[[int, int], None] | None = None,
   chunk: int = 512,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> list[np.ndarray]:
   """Continues prompts, of any lengths, token by token.
 
@@ -40,6 +42,8 @@ def generate(
     seed: of the draws; example b draws the same whatever the others are.
     callback: called with (example, token) as soon as a token is there.
     chunk: see `decoding.prefill`.
+    mesh: of `parallel.mesh.make_mesh`; many devices read the prompts and write
+      together, see `decoding.prefill`.
 
   Returns:
     The new tokens of each prompt.
@@ -56,8 +60,10 @@ def generate(
     row[: len(prompt)] = prompt
   # Powers of two, so that prompts of many lengths share one compilation.
   room = min(1 << (needed - 1).bit_length(), config.position_limit)
+  if mesh is not None:
+    params = sharding.place_for_reading(params, mesh)
   logits, cache = decoding.prefill(
-    config, params, tokens, lengths, max_length=room, chunk=chunk
+    config, params, tokens, lengths, max_length=room, chunk=chunk, mesh=mesh
   )
   draw = functools.partial(
     _draw,

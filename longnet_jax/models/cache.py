@@ -8,10 +8,17 @@ mask of a row is "slots up to my own" without anything to clear.
 
     rows = sum_i ceil(w_i / r_i) per head, at any length
 
-Heads that share a key/value head and a phase share a ring; branches do not, as
-a row of two branches is found without a search this way, and with geometric
-rates they hold few rows in common. A dense model is one branch as long as the
-sequence; a sparse one is its local block and the summary columns of all blocks.
+Heads that share a key/value head and a phase share a ring. Branches do not,
+although a row of two branches is then stored twice. By bytes, at the paper's
+w = 2048 .. 32768 and r = 1 .. 12, a head's rings have 11,606 rows, of which
+7,851 can differ; at w = 2048 * 4^k, r = 4^k, 10,240 and 8,192. Without the
+second copies a cache would be a third or a fifth smaller, and rows would move
+between stores in bursts when a segment ends, which a step of constant time
+rules out. One store of the longest segment, which needs no moves, has 32,768
+rows a key/value head: less than rings only where six heads or more share each.
+
+A dense model is one branch as long as the sequence; a sparse one is its local
+block and the summary columns of all blocks.
 """
 
 from typing import NamedTuple
@@ -95,9 +102,8 @@ def make_cache(
     )
   shapes = []
   for branch in branches(config, max_length):
-    slots = _slots(branch, max_length)
-    streams = len(branch.kv_heads)
-    shapes.append((batch, config.num_layers, streams, slots, config.head_dim))
+    stores = len(branch.kv_heads), slots(branch, max_length)
+    shapes.append((batch, config.num_layers, *stores, config.head_dim))
 
   def zeros():
     return tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
@@ -121,6 +127,27 @@ def branches(config, max_length):
   )
 
 
+def held_positions(
+  branch: Branch, num_slots: int, read: Int[Array, " B"]
+) -> Int[Array, "B S R"]:
+  """Returns the position whose row each slot holds once `read` were stored.
+
+  A slot that was never written holds -1.
+  """
+  slot = jnp.arange(num_slots)[None]
+  read = read[:, None, None]
+  if branch.summary:
+    block, column = jnp.divmod(slot, branch.summary)
+    position = (block + 1) * branch.length - branch.summary + column
+    position = jnp.broadcast_to(position, (len(branch.phases), num_slots))[None]
+    return jnp.where(position < read, position, -1)
+  within = (jnp.asarray(branch.phases)[:, None] + branch.rate * slot)[None]
+  position = read // branch.length * branch.length + within
+  # What this segment has not reached still holds a row of the one before.
+  position = jnp.where(position < read, position, position - branch.length)
+  return jnp.where(within < branch.length, jnp.maximum(position, -1), -1)
+
+
 def _branch(config, length, rate):
   heads = np.arange(config.num_heads, dtype=np.int32)
   kv_head = heads // (config.num_heads // config.kv_heads)
@@ -138,7 +165,8 @@ def _branch(config, length, rate):
   return Branch(length, rate, 0, kv_heads, phases, members, places)
 
 
-def _slots(branch, max_length):
+def slots(branch: Branch, max_length: int) -> int:
+  """Returns how many rows each stream of a branch has."""
   if branch.summary:
     return -(-max_length // branch.length) * branch.summary
   return dilation.kept_rows(min(branch.length, max_length), branch.rate)

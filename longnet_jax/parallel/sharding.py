@@ -24,15 +24,15 @@ RULES = (
 )
 
 BATCH = P("data", "seq")
+# Axes of a decoding cache: examples, layers, streams (a head and a phase).
+_CACHE = ("data", None, "model")
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh) -> P:
   """The PartitionSpec of a parameter; an axis that does not divide is whole."""
   for pattern, spec in RULES:
     if re.search(pattern, path) and len(spec) <= len(shape):
-      axes = (None,) * (len(shape) - len(spec)) + tuple(spec)
-      pairs = zip(shape, axes, strict=True)
-      return P(*(_fit(size, names, mesh) for size, names in pairs))
+      return fit((None,) * (len(shape) - len(spec)) + tuple(spec), shape, mesh)
   return P()
 
 
@@ -47,6 +47,41 @@ def shardings_for(abstract, mesh):
     return NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def place_for_reading(params, mesh):
+  """Puts parameters that do not lie over the mesh where decoding wants them.
+
+  That is split over `model` and otherwise whole: each token reads them all, so
+  that gathering shares of them would cost more than the token. Parameters on
+  all of the mesh's devices stay as they are.
+  """
+  devices = set(mesh.devices.flat)
+
+  def place(path, leaf):
+    if isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices:
+      return leaf
+    spec = spec_for(path_name(path), leaf.shape, mesh)
+    whole = P(*(None if axes == _FSDP else axes for axes in spec))
+    return jax.device_put(leaf, NamedSharding(mesh, whole))
+
+  return jax.tree_util.tree_map_with_path(place, params)
+
+
+def cache_shardings(cache, mesh):
+  """NamedShardings of a decoding cache: examples over data, heads over model.
+
+  Every device along seq holds the same, as one token has no positions to split.
+  """
+  return jax.tree.map(
+    lambda x: NamedSharding(mesh, fit(_CACHE[: x.ndim], x.shape, mesh)), cache
+  )
+
+
+def fit(spec, shape: tuple[int, ...], mesh) -> P:
+  """`spec` for an array of `shape`; an axis that does not divide is whole."""
+  pairs = zip(shape, spec, strict=False)
+  return P(*(_fit(size, names, mesh) for size, names in pairs))
 
 
 def path_name(path) -> str:
