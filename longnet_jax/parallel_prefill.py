@@ -56,7 +56,7 @@ def read(
 def _padded(length, shards):
   """Returns a length that `shards` divide, and that many prompts share.
 
-  At most an eighth is added: sixteen lengths and compilations an octave.
+  At most an eighth is added: eight lengths and compilations an octave.
   """
   step = max(1, (1 << (length - 1).bit_length()) // 16)
   length = -(-length // step) * step

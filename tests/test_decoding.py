@@ -40,7 +40,6 @@ _CONFIGS = {
   "sparse": {"attention": "sparse", "position": "none"},
 }
 _TOKENS = np.random.default_rng(0).integers(0, 11, (3, 41)).astype(np.int32)
-_LENGTHS = np.array([1, 13, 17])  # of the prompts
 
 
 def _change(**changes):
@@ -60,34 +59,88 @@ def _forward(config):
   return np.asarray(apply({"params": _params(config)}, _TOKENS))
 
 
-@pytest.mark.parametrize("name", _CONFIGS)
-def test_every_step_equals_the_forward_pass(name):
-  config = _change(**_CONFIGS[name])
-  params, expected = _params(config), _forward(config)
-  examples = np.arange(3)
-  logits, cache = decoding.prefill(
-    config, params, _TOKENS[:, :17], _LENGTHS, chunk=4
+def _random_config(seed):
+  """Any branches of segments that end three times in _TOKENS, any heads."""
+  rng = np.random.default_rng(seed)
+  heads = int(rng.choice([2, 3, 4, 6]))
+  lengths = [int(w) for w in sorted(rng.integers(2, 12, rng.integers(1, 4)))]
+  return _change(
+    num_layers=int(rng.integers(1, 3)),
+    model_dim=4 * heads,
+    num_heads=heads,
+    num_kv_heads=int(rng.choice([k for k in (1, 2, 3) if heads % k == 0])),
+    segment_lengths=tuple(lengths),
+    dilation_rates=tuple(int(rng.integers(1, w + 1)) for w in lengths),
+    head_phase=str(rng.choice(["interleaved", "blocked"])),
+    position=str(rng.choice(["xpos", "rope"])),
+    tie_embeddings=bool(rng.integers(2)),
   )
-  # Three ends of the longest segment are passed, and more.
-  for step in range(_TOKENS.shape[1] - _LENGTHS.max()):
-    last = _LENGTHS + step
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    *(pytest.param(_change(**_CONFIGS[n]), id=n) for n in _CONFIGS),
+    *(
+      pytest.param(
+        _random_config(seed),
+        id=f"random {seed}",
+        marks=() if seed < 2 else pytest.mark.slow,
+      )
+      for seed in range(20)
+    ),
+  ],
+)
+def test_steps_after_any_prompt_equal_the_forward_pass(config):
+  """One batch holds prompts of every length, which must not meet."""
+  params, expected = _params(config), _forward(config)
+  total = _TOKENS.shape[1]
+  lengths = np.arange(1, total + 1)
+  text = np.arange(total) % len(_TOKENS)
+  logits, cache = decoding.prefill(
+    config, params, _TOKENS[text], lengths, chunk=4
+  )
+  # Every prompt shorter than that passes three ends of the longest segment.
+  for step in range(35):
+    last = lengths + step
+    inside = last <= total
     np.testing.assert_allclose(
-      logits, expected[examples, last - 1], rtol=1e-4, atol=1e-5
+      logits[inside],
+      expected[text[inside], last[inside] - 1],
+      rtol=1e-4,
+      atol=1e-5,
     )
     np.testing.assert_array_equal(cache.position, last)
-    logits, cache = decoding.decode_step(
-      config, params, cache, _TOKENS[examples, last]
+    token = _TOKENS[text, np.minimum(last, total - 1)]
+    logits, cache = decoding.decode_step(config, params, cache, token)
+
+
+def test_a_prompt_in_a_batch_leaves_what_it_leaves_alone():
+  params, lengths = _params(_CONFIG), [1, 13, 17]
+  logits, cache = decoding.prefill(
+    _CONFIG, params, _TOKENS[:, :17], lengths, chunk=8
+  )
+  for i, length in enumerate(lengths):
+    alone = decoding.prefill(
+      _CONFIG, params, _TOKENS[i : i + 1, :length], chunk=8
+    )
+    jax.tree.map(
+      lambda x, y, i=i: np.testing.assert_allclose(
+        x[i], y[0], rtol=1e-5, atol=1e-6
+      ),
+      (logits, cache),
+      alone,
     )
 
 
-@pytest.mark.parametrize(("length", "chunk"), [(29, 512), (41, 8)])
-def test_prefill_ends_anywhere(length, chunk):
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_the_chunk_does_not_matter(chunk):
   logits, cache = decoding.prefill(
-    _CONFIG, _params(_CONFIG), _TOKENS[:, :length], chunk=chunk
+    _CONFIG, _params(_CONFIG), _TOKENS[:, :29], chunk=chunk
   )
-  expected = _forward(_CONFIG)[:, length - 1]
+  expected = _forward(_CONFIG)[:, 28]
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
-  assert cache.position.tolist() == [length] * 3
+  assert cache.position.tolist() == [29] * 3
 
 
 def test_half_precision_stays_near():
@@ -159,7 +212,9 @@ def test_a_million_positions_cost_what_ten_thousand_do():
       jax.block_until_ready(logits)
       times.append(time.perf_counter() - start)
     assert np.isfinite(logits).all()
-    return cache.nbytes, np.median(times)
+    milliseconds = 1e3 * np.median(times)
+    print(f"{core}, {length}: {cache.nbytes} bytes, {milliseconds:.3f} ms")
+    return cache.nbytes, milliseconds
 
   short, long = measure("dilated", 10_000), measure("dilated", 1_000_000)
   assert short[0] == long[0]
