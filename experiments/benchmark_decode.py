@@ -54,6 +54,7 @@ def run(
   document = {
     "command": command.line(),
     "hardware": hardware,
+    "title": title,
     "setting": vars(setting) | {"num_layers": num_layers},
     "records": records,
   }

@@ -12,6 +12,7 @@ import re
 from absl import flags
 
 from experiments import command
+from longnet_jax import decode_speed
 from longnet_jax.analysis import pictures, speed_pictures
 from longnet_jax.training import curves
 
@@ -36,6 +37,11 @@ def main(_) -> None:
   pictures.draw_overview(DOCS / "pattern.png")
   for path in sorted(DOCS.glob("benchmark_*.json")):
     speed_pictures.draw_speed(_read(path.stem), path.with_suffix(".png"))
+  for path in sorted(DOCS.glob("decode_*.json")):
+    record = _read(path.stem)
+    decode_speed.draw(
+      record["records"], path.with_suffix(".png"), record["title"]
+    )
   runs = {path.parent.name: path.parent for path in _comparison()}
   if runs:
     curves.draw_losses(runs, DOCS / "comparison.png")
@@ -98,6 +104,24 @@ def _benchmark():
   return _markdown(head, rows) + _source(record)
 
 
+def _decoding():
+  """Time of a step and bytes of the cache at each context, core beside core."""
+  record = _read("decode_cpu")
+  found = {(r["context"], r["core"]): r for r in record["records"]}
+  cores = {"dilated": "LongNet", "dense": "dense", "sparse": "Sparse"}
+  rows = []
+  for context in sorted({context for context, _ in found}):
+    records = [found[context, core] for core in cores]
+    steps = (
+      f"{1e3 * r['seconds']:.1f}" if "seconds" in r else "-" for r in records
+    )
+    caches = (f"{r['cache_bytes'] / 2**20:.1f}" for r in records)
+    rows.append((f"{context:,}", *steps, *caches))
+  head = ("context", *(f"{name}, ms a step" for name in cores.values()))
+  head += tuple(f"{name}, cache MiB" for name in cores.values())
+  return _markdown(head, rows) + _source(record)
+
+
 def _sample():
   """A text of the quickstart model, after the command that made it."""
   return f"```\n{(DOCS / 'sample.txt').read_text().rstrip()}\n```"
@@ -123,6 +147,7 @@ def _slides():
 
 TABLES = {
   "benchmark": _benchmark,
+  "decoding": _decoding,
   "quickstart": _quickstart,
   "sample": _sample,
   "slides": _slides,

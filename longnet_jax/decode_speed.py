@@ -2,8 +2,10 @@
 
 The cores share one model and one process and take turns, token by token, so
 that what a shared machine does to one it does to all. A cache is not filled by
-reading a prompt: it is set to the context's last position, as neither its bytes
-nor the time of a step depend on what it holds.
+reading a prompt: it is set to a position, as neither its bytes nor the time of
+a step depend on what it holds. The timed steps are the last ones up to the
+context. Where every segment length divides the context, these are the slowest
+that LongNet has, as all of its segments are full.
 """
 
 from collections.abc import Sequence
@@ -42,7 +44,7 @@ def measure(
 
   Args:
     config: of the model; its `attention` is replaced.
-    contexts: tokens that have been read.
+    contexts: tokens that have been read after the last timed step.
     batch: examples.
     repeats: timed steps; medians are reported.
     max_cache_bytes: a core whose cache would be larger is left out; its record
@@ -97,10 +99,11 @@ def draw(records: Sequence[dict], path: str | os.PathLike, title: str) -> None:
 def _measure_one(config, params, context, batch, repeats, max_cache_bytes):
   """Returns the records of one context."""
   records, steps = [], {}
+  # The first step warms up.
+  start = max(context - repeats - 1, 0)
   for core in _STYLES:
     changed = dataclasses.replace(config, attention=core)
-    # The first step warms up.
-    room = None if core == "dilated" else context + repeats + 1
+    room = None if core == "dilated" else start + repeats + 1
     make = functools.partial(
       cache_lib.make_cache, changed, batch, max_length=room
     )
@@ -110,7 +113,7 @@ def _measure_one(config, params, context, batch, repeats, max_cache_bytes):
     if record["cache_bytes"] > max_cache_bytes:
       record["skipped"] = f"its cache is larger than {max_cache_bytes} bytes"
       continue
-    cache = make().replace(position=jnp.full(batch, context, jnp.int32))
+    cache = make().replace(position=jnp.full(batch, start, jnp.int32))
     steps[core] = _Steps(changed, params, cache, jnp.zeros(batch, jnp.int32))
   times = {core: [] for core in steps}
   for repeat in range(repeats + 1):
