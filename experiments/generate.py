@@ -16,6 +16,7 @@ import numpy as np
 from experiments import command
 from longnet_jax import sampling
 from longnet_jax.data import tokenizers
+from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.training import checkpoint
 from longnet_jax.training import workdir as workdir_lib
 
@@ -35,6 +36,12 @@ _TOP_P = flags.DEFINE_float(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 _CHUNK = flags.DEFINE_integer("chunk", 512, "prompt tokens computed at once")
+_SEQ = flags.DEFINE_integer(
+  "seq", 1, "devices that share the prompt's positions", lower_bound=1
+)
+_MODEL = flags.DEFINE_integer(
+  "model", 1, "devices that share the heads", lower_bound=1
+)
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "latest", "latest, best (by validation) or a step"
 )
@@ -59,6 +66,9 @@ def main(_) -> None:
       " that the model was trained on at a time"
     )
   new_tokens = _room(config, len(prompt), _MAX_NEW_TOKENS.value)
+  mesh = None
+  if _SEQ.value * _MODEL.value > 1:
+    mesh = mesh_lib.make_mesh(seq=_SEQ.value, model=_MODEL.value)
   write = _writer(tokenizer)
   start = time.perf_counter()
   (found,) = sampling.generate(
@@ -73,6 +83,7 @@ def main(_) -> None:
     seed=_SEED.value,
     callback=(lambda _, token: write([token])) if _STREAM.value else None,
     chunk=_CHUNK.value,
+    mesh=mesh,
   )
   seconds = time.perf_counter() - start
   if not _STREAM.value:

@@ -69,7 +69,19 @@ def test_a_prompt_is_continued_the_same_streamed_or_not(workdir, capsys):
   assert "12 tokens in" in whole.err
   assert "warning" not in whole.err and "stopped" not in whole.err
   assert _run(capsys, *settings, "--stream").out == whole.out
+  assert _run(capsys, *settings, "--seq=4", "--model=2").out == whole.out
   assert _run(capsys, *settings, "--seed=1").out != whole.out
+
+
+def test_a_file_may_hold_any_bytes_and_a_prompt_nothing(workdir, capsys):
+  file = workdir / "bytes"
+  file.write_bytes(b"\xff\xfe\x00 ok")
+  settings = (f"--workdir={workdir}", "--max_new_tokens=2")
+  written = _run(capsys, *settings, f"--prompt_file={file}")
+  assert "prompt: 7 tokens\n" in written.err
+  # A document begins with its separator, so there is always one to go on from.
+  written = _run(capsys, *settings, "--prompt=")
+  assert "prompt: 1 tokens\n2 tokens in" in written.err
 
 
 def test_a_long_prompt_warns_and_stops_where_positions_end(workdir, capsys):
