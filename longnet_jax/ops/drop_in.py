@@ -1,7 +1,6 @@
 """Dilated attention as the `attention_fn` of Flax's multi-head attention."""
 
 from collections.abc import Callable, Sequence
-import functools
 
 import jax
 from jax import numpy as jnp
@@ -59,18 +58,16 @@ def attention_fn(
     batch = query.shape[:-3]
     flat = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
     dropped = not deterministic and dropout_rate > 0.0
-    run = functools.partial(
-      op.dilated_attention,
-      segment_lengths=segment_lengths,
-      dilation_rates=dilation_rates,
-      is_causal=is_causal or always_causal,
-      dropout_rate=dropout_rate if dropped else 0.0,
-      dropout_key=dropout_rng if dropped else None,
-      **options,
-    )
-    if precision is not None:
-      run = _with_precision(run, _name(precision))
-    out = run(*flat)
+    with jax.default_matmul_precision(_name(precision)):
+      out = op.dilated_attention(
+        *flat,
+        segment_lengths=segment_lengths,
+        dilation_rates=dilation_rates,
+        is_causal=is_causal or always_causal,
+        dropout_rate=dropout_rate if dropped else 0.0,
+        dropout_key=dropout_rng if dropped else None,
+        **options,
+      )
     return jnp.reshape(out, (*batch, *out.shape[1:]))
 
   return attend
@@ -97,33 +94,10 @@ def _refuse(query, key, mask, module):
     )
 
 
-def _with_precision(run, precision):
-  """Returns `run` with a precision of its products, backward too.
-
-  The backward pass is traced after the forward pass has left its context.
-  """
-
-  @jax.custom_vjp
-  def attend(*tensors):
-    with jax.default_matmul_precision(precision):
-      return run(*tensors)
-
-  def forward(*tensors):
-    with jax.default_matmul_precision(precision):
-      return jax.vjp(run, *tensors)
-
-  def backward(vjp, dout):
-    with jax.default_matmul_precision(precision):
-      return vjp(dout)
-
-  attend.defvjp(forward, backward)
-  return attend
-
-
 def _name(precision):
-  """Returns what jax.default_matmul_precision takes for a lax precision."""
+  """Returns what jax.default_matmul_precision takes; None keeps what is set."""
+  if precision is None:
+    return jax.config.jax_default_matmul_precision
   if isinstance(precision, jax.lax.Precision):
-    return {"DEFAULT": "default", "HIGH": "high", "HIGHEST": "highest"}[
-      precision.name
-    ]
+    return precision.name.lower()
   return precision

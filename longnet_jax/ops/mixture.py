@@ -52,7 +52,8 @@ def _backward(settings, residuals, grads):
   """Returns the gradients of the inputs; only query, key, value have any."""
   *inputs, out, lse = residuals
   terms = backward_terms(settings, out, lse, *grads)
-  found = backward(settings, inputs, terms, problem_lib.Part())
+  with jax.default_matmul_precision(settings.precision):
+    found = backward(settings, inputs, terms, problem_lib.Part())
   return *found, None, None, None
 
 
@@ -94,7 +95,7 @@ def _over_windows(problem, step):
   """Returns the arrays (B, T, ...) whose windows `step(index)` computes."""
   batch, length = problem.query.shape[:2]
   windows = problem.windows
-  found = lax.map(step, jnp.arange(windows.steps))
+  found = lax.map(step, jnp.arange(windows.steps, dtype=jnp.int32))
 
   def join(x):
     x = x.reshape(-1, *x.shape[3:])

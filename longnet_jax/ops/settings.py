@@ -15,7 +15,11 @@ PADDINGS = ("mask", "zeros")
 
 
 class Settings(NamedTuple):
-  """Checked static arguments of `dilated_attention`, hashable for jit."""
+  """Checked static arguments of `dilated_attention`, hashable for jit.
+
+  `precision` is that of the caller's `jax.default_matmul_precision`, which the
+  backward pass, traced later, would not know of.
+  """
 
   branches: tuple[tuple[int, int], ...]
   is_causal: bool
@@ -24,6 +28,7 @@ class Settings(NamedTuple):
   padding: str
   mixing_gradient: bool
   dropout_rate: float
+  precision: str | None
 
 
 def make_settings(
@@ -64,6 +69,7 @@ def make_settings(
     padding=padding,
     mixing_gradient=bool(mixing_gradient),
     dropout_rate=dropout_rate,
+    precision=jax.config.jax_default_matmul_precision,
   )
 
 

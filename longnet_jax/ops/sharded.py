@@ -108,12 +108,13 @@ def _backward(settings, layout, residuals, grads):
   shard = _make_shard(settings, layout, *inputs)
   arrived = [far_attention.gather(shard, branch) for branch in shard.far]
   terms = mixture.backward_terms(settings, out, lse, *grads)
-  found = [
-    far_attention.backward(shard, branch, keys, terms)
-    for branch, keys in zip(shard.far, arrived, strict=True)
-  ]
-  if shard.near.branches:
-    found.append(mixture.backward(shard.near, inputs, terms, shard.part))
+  with jax.default_matmul_precision(settings.precision):
+    found = [
+      far_attention.backward(shard, branch, keys, terms)
+      for branch, keys in zip(shard.far, arrived, strict=True)
+    ]
+    if shard.near.branches:
+      found.append(mixture.backward(shard.near, inputs, terms, shard.part))
   totals = (sum(parts) for parts in zip(*found, strict=True))
   dtype = shard.query.dtype
   return *(x.astype(dtype) for x in totals), None, None, None

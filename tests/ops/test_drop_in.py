@@ -95,6 +95,24 @@ def test_nnx_model_equals_dense_when_one_segment_holds_all():
     np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+def test_nnx_model_learns():
+  attend = longnet_jax.attention_fn(**BRANCHES, is_causal=True)
+  graph, params = nnx.split(NnxModel(attend, nnx.Rngs(0)))
+  labels = jax.nn.one_hot(TOKENS[:, 1:], 16)
+
+  @jax.jit
+  @jax.value_and_grad
+  def step(params):
+    logits = nnx.merge(graph, params)(TOKENS[:, :-1])
+    return -(jax.nn.log_softmax(logits) * labels).sum(-1).mean()
+
+  first, grads = step(params)
+  for _ in range(20):
+    params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+    last, grads = step(params)
+  assert last < 0.5 * first
+
+
 def test_what_it_cannot_honour_is_refused():
   attend = longnet_jax.attention_fn(**BRANCHES)
   x = jnp.ones((1, 8, 2, 4))
