@@ -6,12 +6,18 @@ import sys
 import traceback
 
 from absl import app, flags, logging
+import jax
 import ml_collections
 from ml_collections import config_flags
 
+from longnet_jax.parallel import hosts
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import report
 
+_LOST = (
+  "another process of this run has ended; see what it said, then start all "
+  "again: they go on from the last checkpoint"
+)
 _OURS = ("configs", "experiments", "longnet_jax")
 
 
@@ -32,7 +38,14 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
       fail(error)
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
-      sys.exit(130)
+      hosts.leave(130)
+    except Exception as error:
+      if not jax.distributed.is_initialized():
+        raise
+      if hosts.lost_another(error):
+        fail(RuntimeError(_LOST))
+      traceback.print_exc()
+      hosts.leave(1)
 
   app.run(guarded, flags_parser=_parse)
 
@@ -46,7 +59,7 @@ def line() -> str:
 def fail(error: Exception) -> None:
   """Prints an error in one line and exits."""
   print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-  sys.exit(1)
+  hosts.leave(1)
 
 
 def is_refusal(error: Exception) -> bool:

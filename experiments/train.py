@@ -5,11 +5,17 @@ again it goes on from the last checkpoint in the workdir, exactly.
 
 Exit codes: 0 all steps are done; 1 refused or diverged, with the reason on
 stderr; 128 + n stopped by signal n (143 SIGTERM, 130 Ctrl-C) after saving.
+
+On many hosts start the same command on each, with a --workdir that all share.
+A TPU pod and SLURM (srun) need nothing else; elsewhere each process gets
+--coordinator=HOST:PORT --num_processes=N --process_id=I. A signal to one stops
+all; when one dies the others end, too.
 """
 
 from absl import flags
 
 from experiments import command
+from longnet_jax.parallel import hosts
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import loop
 
@@ -17,6 +23,20 @@ _QUICKSTART = "configs/quickstart.py"
 _CONFIG = command.define_config(_QUICKSTART)
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "folder of the run; an earlier run in it goes on"
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  None,
+  "HOST:PORT of process 0, for processes that join by flags",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "how many processes join; 1 alone runs by itself"
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "number of this process, from 0"
+)
+_FAKE_DEVICES = flags.DEFINE_integer(
+  "fake_devices", None, "CPU devices a process, to try out a mesh"
 )
 
 
@@ -28,8 +48,16 @@ def main(_) -> int:
       raise ValueError("--config without --workdir; add --workdir=runs/NAME")
     workdir = "runs/quickstart"
     print(f"no flags: {_QUICKSTART} into {workdir}", flush=True)
-  result = loop.train(config_lib.build(_CONFIG.value), workdir)
-  print(f"{workdir}: step {result.step}, parameters {result.fingerprint}")
+  config = config_lib.build(_CONFIG.value)
+  hosts.start(
+    _COORDINATOR.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    fake_devices=_FAKE_DEVICES.value,
+  )
+  result = loop.train(config, workdir)
+  if hosts.is_first():
+    print(f"{workdir}: step {result.step}, parameters {result.fingerprint}")
   return 128 + result.signal if result.signal else 0
 
 

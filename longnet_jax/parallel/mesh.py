@@ -11,7 +11,8 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
   """A data x seq x model mesh over the first devices, or those given.
 
-  Raises ValueError where there are fewer devices than the product.
+  Raises ValueError where there are fewer devices than the product, or where a
+  process would have none in the mesh.
   """
   devices = jax.devices() if devices is None else devices
   shape = (data, seq, model)
@@ -21,6 +22,15 @@ def make_mesh(
       f"mesh data x seq x model = {data} x {seq} x {model} needs {needed} "
       f"devices and there are {len(devices)}; choose sizes whose product is "
       f"at most {len(devices)}"
+    )
+  idle = {d.process_index for d in devices[needed:]} - {
+    d.process_index for d in devices[:needed]
+  }
+  if idle:
+    raise ValueError(
+      f"mesh data x seq x model = {data} x {seq} x {model} leaves process "
+      f"{min(idle)} without a device; choose sizes whose product is "
+      f"{len(devices)}"
     )
   return jax.make_mesh(
     shape,

@@ -101,10 +101,13 @@ def host_rows(mesh, batch_size: int) -> tuple[int, int]:
   """
   shape = (batch_size, mesh.shape["seq"])
   slices = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
-  starts = [rows.indices(batch_size)[0] for rows, _ in slices]
-  stops = [rows.indices(batch_size)[1] for rows, _ in slices]
-  size = max(stops) - min(starts)
-  return min(starts) // size, batch_size // size
+  first = min(rows.indices(batch_size)[0] for rows, _ in slices)
+  last = max(rows.indices(batch_size)[1] for rows, _ in slices) - 1
+  # The smallest part that holds them all; its rows need not all be needed.
+  for size in range(last - first + 1, batch_size + 1):
+    if batch_size % size == 0 and first // size == last // size:
+      return first // size, batch_size // size
+  raise AssertionError("the whole batch holds every row")
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh, batch_size: int) -> dict:

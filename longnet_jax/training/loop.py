@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from longnet_jax.data import pipeline
-from longnet_jax.parallel import sharding
-from longnet_jax.training import checkpoint, curves
+from longnet_jax.parallel import hosts, sharding
+from longnet_jax.training import checkpoint, curves, stopping
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import metrics as metrics_lib
 from longnet_jax.training import report as report_lib
@@ -25,7 +25,7 @@ class Result:
   """How a run ended."""
 
   step: int  # updates done
-  fingerprint: str  # sha256 of the parameters
+  fingerprint: str  # of the parameters, as state.fingerprint
   signal: signal.Signals | None  # what asked it to stop early
   validation: dict[str, float]  # at the last step, where it was evaluated
 
@@ -37,31 +37,38 @@ def train(
 
   Raises ValueError for settings that cannot work or belong to another run,
   CheckpointError where one cannot be read or written, and DivergedError where
-  the loss stops being finite. SIGTERM and SIGINT save and return early.
+  the loss stops being finite. SIGTERM and SIGINT save and return early. Of
+  several processes (`hosts.start`) all call it with the same arguments and get
+  the same result; the first one writes the records.
   """
   settings = dataclasses.asdict(config)
   workdir_lib.check(workdir, settings)
   run = run_lib.make_run(config, workdir_lib.tokenizer_path(workdir))
   checkpoint.check_space(pathlib.Path(workdir).absolute(), run.abstract_state)
+  hosts.check_equal(
+    {"config": workdir_lib.comparable(settings), **run.fingerprints}
+  )
   records = workdir_lib.write_records(workdir, settings, run)
   keep = config.training.max_to_keep
   with checkpoint.Checkpoints(workdir, max_to_keep=keep) as checkpoints:
     state, start = restore_or_init(run, checkpoints)
     save = functools.partial(checkpoints.save, records=records)
-    with metrics_lib.Writer(
+    with metrics_lib.open_writer(
       workdir, start=start, total=config.training.steps, stream=stream
     ) as writer:
       writer.say(run.describe())
-      with catch_signals() as caught, _naming_last_good(checkpoints):
-        state = run_steps(run, state, start, writer, save, caught)
+      with stopping.catch_signals() as caught, _naming_last_good(checkpoints):
+        stop = stopping.Stop(run.mesh, caught)
+        state = run_steps(run, state, start, writer, save, stop)
     checkpoints.wait()
     step = int(state.step)
     validation = checkpoints.metrics(step) or {}
-  curves.draw_losses({"": workdir}, workdir_lib.loss_picture_path(workdir))
+  if hosts.is_first():
+    curves.draw_losses({"": workdir}, workdir_lib.loss_picture_path(workdir))
   return Result(
     step=step,
     fingerprint=state_lib.fingerprint(state.params),
-    signal=caught[0] if caught else None,
+    signal=stop.signal,
     validation=validation,
   )
 
@@ -84,7 +91,7 @@ def restore_or_init(
   return checkpoints.restore(step, run.abstract_state), step
 
 
-def run_steps(run, state, start, writer, save, caught) -> state_lib.TrainState:
+def run_steps(run, state, start, writer, save, stop) -> state_lib.TrainState:
   """Trains to the last step, or to the step during which a signal came."""
   training = run.config.training
   report = report_lib.Report(run, writer)
@@ -92,7 +99,7 @@ def run_steps(run, state, start, writer, save, caught) -> state_lib.TrainState:
     for step, batch in enumerate(batches, start + 1):
       placed = run.place(batch)
       state, metrics = run.train_step(state, placed)
-      last = step == training.steps or bool(caught)
+      last = stop.after_step() or step == training.steps
       if step % training.log_every == 0 and run.mixing_step:
         metrics["mixing"] = run.mixing_step(state.params, placed)
       report.hold(step, metrics)
@@ -105,8 +112,8 @@ def run_steps(run, state, start, writer, save, caught) -> state_lib.TrainState:
           save(step, state, validation=validation)
       if last:
         break
-  if caught:
-    writer.say(f"{caught[0].name}: stopped after step {step}")
+  if stop.signal:
+    writer.say(f"{stop.signal.name}: stopped after step {step}")
   return state
 
 
@@ -136,26 +143,6 @@ def evaluate(run: run_lib.Run, params) -> dict[str, float]:
     "loss": total["nats"] / total["tokens"],
     "bits_per_byte": total["nats"] / np.log(2) / total["bytes"],
   }
-
-
-@contextlib.contextmanager
-def catch_signals():
-  """Collects SIGTERM and SIGINT in the list it gives; a second one kills."""
-  caught = []
-  previous = {}
-
-  def handle(number, _):
-    caught.append(signal.Signals(number))
-    for each, handler in previous.items():
-      signal.signal(each, handler)
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    previous[number] = signal.signal(number, handle)
-  try:
-    yield caught
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import time
 
 import tqdm
 
+from longnet_jax.parallel import hosts
 from longnet_jax.training import workdir as workdir_lib
 
 
@@ -67,6 +68,30 @@ class Writer:
     self._file.close()
     if self._board is not None:
       self._board.close()
+
+
+class SilentWriter:
+  """The writer of a process that leaves records to the first one."""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+  def record(self, step: int, values: dict[str, float]) -> None:
+    """Does nothing, as do the others."""
+
+  def advance(self, step: int) -> None:
+    """Shows nothing."""
+
+  def say(self, text: str) -> None:
+    """Says nothing."""
+
+
+def open_writer(workdir, **options) -> Writer | SilentWriter:
+  """A Writer in the first process, elsewhere one that writes nothing."""
+  return Writer(workdir, **options) if hosts.is_first() else SilentWriter()
 
 
 class Progress:

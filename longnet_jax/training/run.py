@@ -59,9 +59,12 @@ class Run:
     count = state_lib.num_parameters(self.abstract_state.params)
     tokens = config.training.batch_size * self.train_source.window
     devices = "device" if self.mesh.size == 1 else "devices"
+    hosts = jax.process_count()
+    spread = f" of {hosts} processes" if hosts > 1 else ""
     return (
       f"{config.model.attention} model with {count:,} parameters on "
-      f"{self.mesh.size} {jax.default_backend()} {devices}; {tokens:,} tokens "
+      f"{self.mesh.size} {jax.default_backend()} {devices}{spread}; "
+      f"{tokens:,} tokens "
       f"a step in windows of {self.train_source.window}, "
       f"{self.train_source.num_windows:,} windows an epoch"
     )

@@ -11,14 +11,20 @@ import fnmatch
 import json
 import os
 import pathlib
+import secrets
 import tempfile
 
+import numpy as np
+
+from longnet_jax.parallel import hosts
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import run as run_lib
 
+# Settings whose values may differ between hosts, too: where their copies lie.
+_PLACES = ("data.data_dir", "data.cache_dir")
 # Settings that a later start may change: how far to go, on which devices, and
 # where copies of the data lie. All others shape the parameters or their record.
-_FREE = ("training.steps", "mesh.*", "data.data_dir", "data.cache_dir")
+_FREE = ("training.steps", "mesh.*", *_PLACES)
 
 
 def config_path(workdir) -> pathlib.Path:
@@ -78,13 +84,27 @@ def check(workdir, settings: dict) -> None:
 
 
 def write_records(workdir, settings: dict, run: run_lib.Run) -> dict:
-  """Records settings and tokenizer; returns a checkpoint's JSON items."""
-  pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-  write_whole(config_path(workdir), json.dumps(settings, indent=2) + "\n")
+  """Records settings and tokenizer; returns a checkpoint's JSON items.
+
+  The first process writes. Raises ValueError where another one has a folder
+  of its own by that name.
+  """
   path = tokenizer_path(workdir)
-  run.tokenizer.save(path)
+  if hosts.is_first():
+    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+  _check_shared(pathlib.Path(workdir))
+  if hosts.is_first():
+    write_whole(config_path(workdir), json.dumps(settings, indent=2) + "\n")
+    run.tokenizer.save(path)
+  hosts.wait_for_all("records are written")
   tokenizer = json.loads(path.read_text())
   return {"config": settings, "tokenizer": tokenizer, "data": run.fingerprints}
+
+
+def comparable(settings: dict) -> str:
+  """A text that is the same on all hosts of a run."""
+  flat = config_lib.flatten(settings)
+  return json.dumps({k: v for k, v in flat.items() if k not in _PLACES})
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
@@ -105,6 +125,23 @@ def _load(path):
     raise ValueError(
       f"{path} is not JSON ({error}); restore it or choose another --workdir"
     ) from error
+
+
+def _check_shared(folder):
+  """Raises unless every process sees what the first one puts in the folder."""
+  number = int(hosts.gather(np.int32(secrets.randbelow(2**31)))[0])
+  probe = folder / f"probe-{number}"
+  if hosts.is_first():
+    probe.touch()
+  hosts.wait_for_all("a probe lies in the workdir")
+  blind = np.flatnonzero(hosts.gather(np.int32(not probe.exists())))
+  if hosts.is_first():
+    probe.unlink()
+  if len(blind):
+    raise ValueError(
+      f"workdir {folder} is another folder on process {blind[0]} than on "
+      "process 0; choose one that all hosts share, such as a network disk"
+    )
 
 
 def _check_writable(folder):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from longnet_jax.training import checkpoint, loop, metrics, report
+from longnet_jax.training import checkpoint, loop, metrics, report, stopping
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import run as run_lib
 from longnet_jax.training import workdir as workdir_lib
@@ -146,7 +146,7 @@ def test_a_signal_saves_and_stops(
 def test_signals_are_given_back():
   assert threading.current_thread() is threading.main_thread()
   before = signal.getsignal(signal.SIGTERM)
-  with loop.catch_signals() as caught:
+  with stopping.catch_signals() as caught:
     assert signal.getsignal(signal.SIGTERM) is not before
   assert not caught
   assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,226 @@
+"""Several processes on one machine train as one, and end as one."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from longnet_jax.parallel import hosts
+from longnet_jax.training import checkpoint, loop, metrics
+from longnet_jax.training import config as config_lib
+from longnet_jax.training import run as run_lib
+from longnet_jax.training import state as state_lib
+from longnet_jax.training import workdir as workdir_lib
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_settings, tmp_path_factory):
+  """The tiny settings as a file that the command can read."""
+  settings = tiny_settings(
+    model__num_layers=1,
+    model__attention="dense",
+    training__steps=STEPS,
+    training__eval_every=STEPS,
+    training__checkpoint_every=4,
+  )
+  path = tmp_path_factory.mktemp("config") / "tiny.py"
+  path.write_text(
+    "import json\nimport ml_collections\n\n\ndef get_config():\n"
+    f"  text = {json.dumps(settings.to_dict())!r}\n"
+    "  config = json.loads(text)\n"
+    "  for name in ('segment_lengths', 'dilation_rates'):\n"
+    "    config['model'][name] = tuple(config['model'][name])\n"
+    "  return ml_collections.ConfigDict(config)\n"
+  )
+  return path
+
+
+class _Processes:
+  """`count` processes of one run, started together."""
+
+  def __init__(self, count, *flags):
+    with socket.socket() as probe:
+      probe.bind(("localhost", 0))
+      port = probe.getsockname()[1]
+    joining = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+    self.all = [
+      _start(
+        *(flags if count == 1 else (*flags, *joining, f"--process_id={i}"))
+      )
+      for i in range(count)
+    ]
+
+  def finish(self):
+    """Exit codes, and what each wrote to stdout and stderr."""
+    texts = [process.communicate() for process in self.all]
+    return [process.returncode for process in self.all], texts
+
+  def wait_for_step(self, workdir, step):
+    """True once the step is recorded, False if a process ended before."""
+    while all(process.poll() is None for process in self.all):
+      if any(r["step"] >= step for r in metrics.read_metrics(workdir)):
+        return True
+      time.sleep(0.02)
+    return False
+
+
+def _start(*flags):
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  return subprocess.Popen(
+    [sys.executable, "-m", "experiments.train", *map(str, flags)],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _check_a_killed_run(config_file, folder, count, killed, mesh, devices):
+  """A run of `count` processes, one killed, ends as one process ends alone."""
+  flags = [f"--config={config_file}", *mesh]
+  alone, workdir = folder / "alone", folder / "killed"
+  whole = _Processes(
+    1, *flags, f"--workdir={alone}", f"--fake_devices={count * devices}"
+  )
+  flags += [f"--workdir={workdir}", f"--fake_devices={devices}"]
+  first = _Processes(count, *flags)
+  assert first.wait_for_step(workdir, 6), first.finish()
+  first.all[killed].kill()
+  codes, texts = first.finish()
+  assert codes[killed] == -signal.SIGKILL
+  assert all(codes), texts
+  with checkpoint.open_to_read(workdir) as checkpoints:
+    assert 4 <= checkpoints.find() < STEPS
+  codes, texts = _Processes(count, *flags).finish()
+  assert codes == [0] * count, texts
+  assert f"step {STEPS}, parameters" in texts[0][0]
+  assert not any(out for out, _ in texts[1:])  # only process 0 reports
+  codes, texts = whole.finish()
+  assert codes == [0], texts
+  records, expected = map(metrics.read_metrics, (workdir, alone))
+  assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+  for name in ("loss", "gradient_norm"):
+    np.testing.assert_allclose(
+      [r[name] for r in records], [r[name] for r in expected], rtol=1e-4
+    )
+  _, params = checkpoint.load_checkpoint(alone)
+  _, got = checkpoint.load_checkpoint(workdir)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+    got,
+    params,
+  )
+
+
+def test_one_of_two_processes_killed_changes_nothing(config_file, tmp_path):
+  mesh = ["--config.mesh.data=2"]  # dense attention compiles fastest
+  _check_a_killed_run(config_file, tmp_path, 2, 1, mesh, devices=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "count, killed, devices, mesh",
+  [
+    (2, 0, 2, {"data": 2, "seq": 2}),
+    (2, 1, 2, {"seq": 4}),
+    (2, 1, 1, {"model": 2}),
+    (4, 2, 1, {"data": 2, "seq": 2}),
+  ],
+  ids=str,
+)
+def test_one_of_many_processes_killed_changes_nothing(
+  config_file, tmp_path, count, killed, devices, mesh
+):
+  flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+  flags.append("--config.model.attention=dilated")
+  _check_a_killed_run(config_file, tmp_path, count, killed, flags, devices)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_at_the_same_step(config_file, tmp_path):
+  run = _Processes(
+    2,
+    f"--config={config_file}",
+    f"--workdir={tmp_path}",
+    "--config.mesh.data=2",
+    "--config.training.steps=100000",
+  )
+  assert run.wait_for_step(tmp_path, 2), run.finish()
+  run.all[1].send_signal(signal.SIGTERM)
+  codes, texts = run.finish()
+  assert codes == [128 + signal.SIGTERM] * 2, texts
+  stopped = int(texts[0][0].split("stopped after step ")[1].split()[0])
+  with checkpoint.open_to_read(tmp_path) as checkpoints:
+    assert checkpoints.find() == stopped
+  assert metrics.read_metrics(tmp_path)[-1]["step"] == stopped
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ({"process_id": 0}, "--coordinator and --num_processes not given"),
+    ({"num_processes": 2}, "--coordinator and --process_id not given"),
+    ({"coordinator": "a:1"}, "--num_processes and --process_id not given"),
+    ({"num_processes": 0}, "num_processes is 0; choose 1 or more"),
+    (
+      {"coordinator": "a:1", "num_processes": 2, "process_id": 2},
+      "process_id is 2; choose 0 to 1",
+    ),
+    (
+      {"coordinator": "here", "num_processes": 2, "process_id": 0},
+      "coordinator is 'here'; give the host",
+    ),
+  ],
+  ids=str,
+)
+def test_wrong_combinations_are_refused(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    hosts.start(**arguments)
+  assert not jax.distributed.is_initialized()
+
+
+def _run(settings, workdir):
+  return run_lib.make_run(
+    config_lib.build(settings), workdir_lib.tokenizer_path(workdir)
+  )
+
+
+def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(
+  tiny_settings, tmp_path
+):
+  """Exactly its parameters, and losses within what rounding allows."""
+  small = {"model__num_layers": 1, "training__steps": 2}
+  eight = tiny_settings(mesh__seq=8, **small)
+  result = loop.train(config_lib.build(eight), tmp_path, stream=sys.stderr)
+  whole = _run(eight, tmp_path)
+  losses = []
+  for mesh in ({"seq": 8}, {"data": 2, "seq": 2}, {}):
+    axes = {f"mesh__{axis}": size for axis, size in mesh.items()}
+    run = (
+      whole
+      if mesh == {"seq": 8}
+      else _run(tiny_settings(**axes, **small), tmp_path)
+    )
+    with checkpoint.open_to_read(tmp_path) as checkpoints:
+      state, step = loop.restore_or_init(run, checkpoints)
+    assert step == 2
+    assert len(state.params["embedding"].devices()) == run.mesh.size
+    assert state_lib.fingerprint(state.params) == result.fingerprint
+    batch = run.train_source.batch(step, 4)
+    _, values = run.train_step(state, run.place(batch))
+    losses.append([float(values["loss"]), float(values["gradient_norm"])])
+  np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-5)
