@@ -98,7 +98,8 @@ def check_equal(values: Mapping[str, str]) -> None:
   """Raises ValueError on every process unless all have the same texts."""
   digests = [hashlib.sha256(text.encode()).digest() for text in values.values()]
   table = np.array([np.frombuffer(d, np.uint8) for d in digests])
-  differs = (gather(table) != gather(table)[0]).any(axis=-1)
+  tables = gather(table)
+  differs = (tables != tables[0]).any(axis=-1)
   for process, row in enumerate(differs):
     names = [n for n, differ in zip(values, row, strict=True) if differ]
     if names:

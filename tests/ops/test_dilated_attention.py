@@ -118,6 +118,7 @@ def settings_strategy(draw):
     "is_causal": draw(st.booleans()),
     "head_phase": draw(st.sampled_from(["interleaved", "blocked"])),
     "mixing_gradient": draw(st.booleans()),
+    "scale": draw(st.sampled_from([-0.5, 0.1, 0.7])),
   }
   traced = {}
   if draw(st.booleans()):

@@ -1,5 +1,6 @@
 """Several processes on one machine train as one, and end as one."""
 
+import io
 import json
 import os
 import pathlib
@@ -23,20 +24,29 @@ from longnet_jax.training import workdir as workdir_lib
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-STEPS = 24
+STEPS = 16
 
 
 @pytest.fixture(scope="module")
-def config_file(tiny_settings, tmp_path_factory):
-  """The tiny settings as a file that the command can read."""
-  settings = tiny_settings(
-    model__num_layers=1,
-    model__attention="dense",
-    training__steps=STEPS,
-    training__eval_every=STEPS,
-    training__checkpoint_every=4,
-  )
-  path = tmp_path_factory.mktemp("config") / "tiny.py"
+def settings(tiny_settings):
+  """(attention, steps, mesh) -> settings of a small run."""
+
+  def make(attention="dilated", steps=STEPS, mesh=None):
+    return tiny_settings(
+      model__num_layers=1,
+      model__attention=attention,
+      training__steps=steps,
+      training__eval_every=STEPS,
+      training__checkpoint_every=4,
+      **{f"mesh__{axis}": size for axis, size in (mesh or {}).items()},
+    )
+
+  return make
+
+
+def _write(settings, folder):
+  """The settings as a file that the command can read."""
+  path = folder / "tiny.py"
   path.write_text(
     "import json\nimport ml_collections\n\n\ndef get_config():\n"
     f"  text = {json.dumps(settings.to_dict())!r}\n"
@@ -55,18 +65,25 @@ class _Processes:
     with socket.socket() as probe:
       probe.bind(("localhost", 0))
       port = probe.getsockname()[1]
+    self._texts = None
     joining = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
     self.all = [
-      _start(
-        *(flags if count == 1 else (*flags, *joining, f"--process_id={i}"))
-      )
-      for i in range(count)
+      _start(*flags, *joining, f"--process_id={i}") for i in range(count)
     ]
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for process in self.all:
+      process.kill()
+    self.finish()
 
   def finish(self):
     """Exit codes, and what each wrote to stdout and stderr."""
-    texts = [process.communicate() for process in self.all]
-    return [process.returncode for process in self.all], texts
+    if self._texts is None:
+      self._texts = [process.communicate() for process in self.all]
+    return [process.returncode for process in self.all], self._texts
 
   def wait_for_step(self, workdir, step):
     """True once the step is recorded, False if a process ended before."""
@@ -89,28 +106,29 @@ def _start(*flags):
   )
 
 
-def _check_a_killed_run(config_file, folder, count, killed, mesh, devices):
+def _check_a_killed_run(settings, folder, count, killed, devices):
   """A run of `count` processes, one killed, ends as one process ends alone."""
-  flags = [f"--config={config_file}", *mesh]
   alone, workdir = folder / "alone", folder / "killed"
-  whole = _Processes(
-    1, *flags, f"--workdir={alone}", f"--fake_devices={count * devices}"
-  )
-  flags += [f"--workdir={workdir}", f"--fake_devices={devices}"]
-  first = _Processes(count, *flags)
-  assert first.wait_for_step(workdir, 6), first.finish()
-  first.all[killed].kill()
-  codes, texts = first.finish()
+  flags = [
+    f"--config={_write(settings, folder)}",
+    f"--workdir={workdir}",
+    f"--fake_devices={devices}",
+  ]
+  with _Processes(count, *flags) as first:
+    assert first.wait_for_step(workdir, 6), first.finish()
+    first.all[killed].kill()
+    codes, texts = first.finish()
   assert codes[killed] == -signal.SIGKILL
   assert all(codes), texts
   with checkpoint.open_to_read(workdir) as checkpoints:
     assert 4 <= checkpoints.find() < STEPS
-  codes, texts = _Processes(count, *flags).finish()
+  with _Processes(count, *flags) as second:
+    codes, texts = second.finish()
   assert codes == [0] * count, texts
   assert f"step {STEPS}, parameters" in texts[0][0]
-  assert not any(out for out, _ in texts[1:])  # only process 0 reports
-  codes, texts = whole.finish()
-  assert codes == [0], texts
+  # Only process 0 reports.
+  assert not any("step" in out for out, _ in texts[1:])
+  loop.train(config_lib.build(settings), alone, stream=io.StringIO())
   records, expected = map(metrics.read_metrics, (workdir, alone))
   assert [r["step"] for r in records] == list(range(1, STEPS + 1))
   for name in ("loss", "gradient_norm"):
@@ -126,9 +144,9 @@ def _check_a_killed_run(config_file, folder, count, killed, mesh, devices):
   )
 
 
-def test_one_of_two_processes_killed_changes_nothing(config_file, tmp_path):
-  mesh = ["--config.mesh.data=2"]  # dense attention compiles fastest
-  _check_a_killed_run(config_file, tmp_path, 2, 1, mesh, devices=1)
+def test_one_of_two_processes_killed_changes_nothing(settings, tmp_path):
+  run = settings("dense", mesh={"data": 2})  # compiles fastest
+  _check_a_killed_run(run, tmp_path, 2, 1, devices=1)
 
 
 @pytest.mark.slow
@@ -143,30 +161,25 @@ def test_one_of_two_processes_killed_changes_nothing(config_file, tmp_path):
   ids=str,
 )
 def test_one_of_many_processes_killed_changes_nothing(
-  config_file, tmp_path, count, killed, devices, mesh
+  settings, tmp_path, count, killed, devices, mesh
 ):
-  flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-  flags.append("--config.model.attention=dilated")
-  _check_a_killed_run(config_file, tmp_path, count, killed, flags, devices)
+  run = settings(mesh=mesh)
+  _check_a_killed_run(run, tmp_path, count, killed, devices)
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_all_at_the_same_step(config_file, tmp_path):
-  run = _Processes(
-    2,
-    f"--config={config_file}",
-    f"--workdir={tmp_path}",
-    "--config.mesh.data=2",
-    "--config.training.steps=100000",
-  )
-  assert run.wait_for_step(tmp_path, 2), run.finish()
-  run.all[1].send_signal(signal.SIGTERM)
-  codes, texts = run.finish()
+def test_a_signal_to_one_stops_all_at_the_same_step(settings, tmp_path):
+  config = _write(settings(steps=100_000, mesh={"data": 2}), tmp_path)
+  workdir = tmp_path / "run"
+  with _Processes(2, f"--config={config}", f"--workdir={workdir}") as run:
+    assert run.wait_for_step(workdir, 2), run.finish()
+    run.all[1].send_signal(signal.SIGTERM)
+    codes, texts = run.finish()
   assert codes == [128 + signal.SIGTERM] * 2, texts
   stopped = int(texts[0][0].split("stopped after step ")[1].split()[0])
-  with checkpoint.open_to_read(tmp_path) as checkpoints:
+  with checkpoint.open_to_read(workdir) as checkpoints:
     assert checkpoints.find() == stopped
-  assert metrics.read_metrics(tmp_path)[-1]["step"] == stopped
+  assert metrics.read_metrics(workdir)[-1]["step"] == stopped
 
 
 @pytest.mark.parametrize(
@@ -205,7 +218,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(
   """Exactly its parameters, and losses within what rounding allows."""
   small = {"model__num_layers": 1, "training__steps": 2}
   eight = tiny_settings(mesh__seq=8, **small)
-  result = loop.train(config_lib.build(eight), tmp_path, stream=sys.stderr)
+  result = loop.train(config_lib.build(eight), tmp_path, stream=io.StringIO())
   whole = _run(eight, tmp_path)
   losses = []
   for mesh in ({"seq": 8}, {"data": 2, "seq": 2}, {}):
