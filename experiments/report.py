@@ -1,8 +1,9 @@
-"""Rebuilds the README's tables and pictures: python -m experiments.report.
+"""Rebuilds every page's tables and pictures: python -m experiments.report.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; its figures
-come from the JSON in docs/ that the command named beneath it wrote. With
---check nothing is written, and a README that differs is an error.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` in README.md or
+a page of docs/; its figures come from the JSON in docs/ that the command named
+beneath it wrote. With --check nothing is written, and a page that differs is an
+error.
 """
 
 import json
@@ -16,24 +17,25 @@ from longnet_jax import decode_speed
 from longnet_jax.analysis import pictures, speed_pictures
 from longnet_jax.training import curves
 
-_CHECK = flags.DEFINE_bool("check", False, "only compare the README's tables")
+_CHECK = flags.DEFINE_bool("check", False, "only compare the tables")
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main(_) -> None:
-  """Rewrites README.md and the pictures, or checks the tables."""
-  readme = ROOT / "README.md"
-  text = readme.read_text()
-  rebuilt = rebuild(text)
-  if _CHECK.value:
-    if rebuilt != text:
+  """Rewrites the pages and the pictures, or checks the tables."""
+  for path in pages():
+    text = path.read_text()
+    rebuilt = rebuild(text)
+    if not _CHECK.value:
+      path.write_text(rebuilt)
+    elif rebuilt != text:
       raise ValueError(
-        "README.md differs from docs/; run python -m experiments.report"
+        f"{path.name} differs from docs/; run python -m experiments.report"
       )
+  if _CHECK.value:
     return
-  readme.write_text(rebuilt)
   pictures.draw_overview(DOCS / "pattern.png")
   for path in sorted(DOCS.glob("benchmark_*.json")):
     speed_pictures.draw_speed(_read(path.stem), path.with_suffix(".png"))
@@ -45,16 +47,22 @@ def main(_) -> None:
   runs = {path.parent.name: path.parent for path in _comparison()}
   if runs:
     curves.draw_losses(runs, DOCS / "comparison.png")
-  print(f"wrote {readme} and the pictures in {DOCS}")
+  names = ", ".join(path.name for path in pages())
+  print(f"wrote {names} and the pictures in {DOCS}")
+
+
+def pages() -> list[pathlib.Path]:
+  """Returns the pages that may hold tables."""
+  return [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 def rebuild(text: str) -> str:
-  """Returns the README's text with every table made anew."""
+  """Returns a page's text with every table made anew."""
 
   def table(match):
     name = match[2]
     if name not in TABLES:
-      raise ValueError(f"no table {name!r}; README may have {sorted(TABLES)}")
+      raise ValueError(f"no table {name!r}; a page may have {sorted(TABLES)}")
     return f"{match[1]}\n{TABLES[name]()}\n\n{match[3]}"
 
   return _TABLE.sub(table, text)
@@ -145,11 +153,105 @@ def _slides():
   return _markdown(head, rows)
 
 
+def _equality():
+  """Largest relative error of each case under each mesh."""
+  record = _read("parallel")
+  errors = record["errors"]
+  found = []
+  for cases in (
+    {k: v for k, v in errors.items() if not k.startswith("model")},
+    {k: v for k, v in errors.items() if k.startswith("model")},
+  ):
+    meshes = list(next(iter(cases.values())))
+    rows = [
+      (case, *(f"{row[mesh]:.0e}" for mesh in meshes))
+      for case, row in cases.items()
+    ]
+    found.append(_markdown(("data x seq x model", *meshes), rows))
+  return "\n\n".join(found) + _source(record)
+
+
+def _bytes():
+  """What collectives bring to a device on fake devices."""
+  record = _read("parallel")
+  rows = [
+    (f"{layer['length']:,}", f"{layer['devices']}", *_moved(row, "{:,}", 1))
+    for layer in record["bytes"]
+    for row in layer["rows"]
+  ]
+  head = ("tokens", "devices", *_MOVED, "bytes, formula", "measured")
+  return _markdown(head, rows) + _source(record)
+
+
+def _bytes_pod():
+  """What collectives bring to a chip of a compiled pod."""
+  record = _read("parallel_v5e")
+  rows = [
+    (
+      f"{layer['length']:,}",
+      f"{layer['heads']} x {layer['width']}",
+      *_moved(row, "{:.2f}", 2**20),
+    )
+    for layer in record["bytes"]
+    for row in layer["rows"]
+  ]
+  head = ("tokens", "heads", *_MOVED, "MiB, formula", "measured")
+  where = f" Compiled for {record['topology']} ({record['device']})."
+  return _markdown(head, rows) + _source(record) + where
+
+
+def _scaling():
+  """Bytes and compilation at fixed tokens a device."""
+  record = _read("parallel")
+  rows = []
+  for layer in record["scaling"]:
+    group = lambda number, rows=layer["rows"]: sum(
+      row["measured"] for row in rows if row["group"] == number
+    )
+    devices = layer["devices"]
+    whole = group(devices) if devices > 2 else 0
+    rows.append(
+      (
+        f"{devices}",
+        f"{layer['length']:,}",
+        f"{group(2):,}" if devices > 1 else "0",
+        f"{whole:,}",
+        f"{layer['compile_cpu_seconds']:.1f}",
+      )
+    )
+  head = ("devices", "tokens", "bytes, segment of 2 shards")
+  head += ("bytes, whole sequence", "CPU seconds to compile")
+  return _markdown(head, rows) + _source(record)
+
+
+_MOVED = ("pass", "collective", "type", "group", "branches")
+
+
+def _moved(row, form, unit):
+  """Returns the cells of one collective."""
+  branches = ", ".join(f"({w:,}, {r})" for w, r in row["branches"])
+  return (
+    row["pass"],
+    row["kind"],
+    row["dtype"],
+    f"{row['group']}",
+    branches,
+    *(
+      form.format(row[name] / unit if unit > 1 else row[name])
+      for name in ("formula", "measured")
+    ),
+  )
+
+
 TABLES = {
   "benchmark": _benchmark,
+  "bytes": _bytes,
+  "bytes_pod": _bytes_pod,
   "decoding": _decoding,
+  "equality": _equality,
   "quickstart": _quickstart,
   "sample": _sample,
+  "scaling": _scaling,
   "slides": _slides,
 }
 

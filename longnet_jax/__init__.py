@@ -9,7 +9,7 @@ The package is a stack; each layer imports only from those above it:
   training    loss, optimizer, step, checkpoints, metrics
   interop     weights of torchscale and Prov-GigaPath
   analysis    FLOPs, reach and pictures of an attention pattern
-  evaluate, decoding, sampling, plan    what a trained model is for
+  evaluate, decoding, sampling    what a trained model is for
 
 Shapes are written with one letter an axis: B batch, T positions, N query heads,
 K key/value heads, H head width, D model width, F feed-forward width, V

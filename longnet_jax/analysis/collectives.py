@@ -18,6 +18,7 @@ _LINE = re.compile(
   r"(?P<kind>all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)"
   r"(?:-start)?\("
 )
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA_GROUP = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
@@ -42,16 +43,24 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
   """Returns the collectives of `compiled.as_text()`, each loop body once.
 
+  A collective that the TPU compiler spreads over several computations, to run
+  beside them, is one chain and counts once.
+
   With s the bytes of the result on a device and D the size of a group, a
   device receives (D - 1) / D s from an all-gather or all-to-all, (D - 1) s
   from a reduce-scatter, 2 (D - 1) / D s from an all-reduce, s from a permute.
   """
-  return [
-    found
-    for line in text.splitlines()
-    if (match := _LINE.search(line))
-    for found in _read(line, match)
-  ]
+  chains, found = set(), []
+  for line in text.splitlines():
+    match = _LINE.search(line)
+    if not match:
+      continue
+    if chain := _CHAIN.search(line):
+      if chain.groups() in chains:
+        continue
+      chains.add(chain.groups())
+    found.extend(_read(line, match))
+  return found
 
 
 def _read(line, match):

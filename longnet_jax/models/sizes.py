@@ -54,3 +54,23 @@ def sparse_twin(
     keys_per_row, length=length, block=config.sparse_block
   )
   return dataclasses.replace(config, attention="sparse", sparse_summary=summary)
+
+
+def geometric_branches(length: int, *, segment: int = 2048, factor: int = 4):
+  """Returns the branches w = segment * factor^k, r = factor^k, k = 0, 1, ...
+
+  Each keeps `segment` rows of a segment, so that neither a branch's work a
+  token nor what devices send of it grows with k.
+
+  Args:
+    length: of the sequence, in tokens; the last segment holds it all.
+    segment: length of the shortest segment.
+    factor: by which segments and rates grow.
+  """
+  rates = [1]
+  while segment * rates[-1] < length:
+    rates.append(rates[-1] * factor)
+  return {
+    "segment_lengths": tuple(segment * rate for rate in rates),
+    "dilation_rates": tuple(rates),
+  }

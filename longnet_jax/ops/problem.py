@@ -66,7 +66,7 @@ def make_problem(settings, part, query, *rest) -> Problem:
 def product_dtype(dtype: jnp.dtype) -> jnp.dtype:
   """Returns the type that inputs of `dtype` are multiplied in."""
   # On CPU bf16 products are slower than float32 ones; float16 overflows.
-  if dtype == jnp.bfloat16 and jax.default_backend() != "cpu":
+  if dtype == jnp.bfloat16 and windows_lib.platform() != "cpu":
     return dtype
   return attention.accumulator(dtype)
 

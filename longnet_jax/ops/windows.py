@@ -7,6 +7,8 @@ are computed one after another. Inside a window the unit of work is a
 whose sequences have equally many rows share one compiled loop.
 """
 
+import contextlib
+import contextvars
 import math
 from typing import NamedTuple
 
@@ -56,9 +58,27 @@ SIZES = {
 }
 
 
+_PLATFORM = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str):
+  """Sizes and types are those of a platform that JAX need not run on."""
+  token = _PLATFORM.set(platform)
+  try:
+    yield
+  finally:
+    _PLATFORM.reset(token)
+
+
+def platform() -> str:
+  """Returns the platform that JAX runs on, or that is being compiled for."""
+  return _PLATFORM.get() or jax.default_backend()
+
+
 def device_sizes() -> Sizes:
   """Returns the sizes for the devices that JAX runs on."""
-  return SIZES.get(jax.default_backend(), SIZES["gpu"])
+  return SIZES.get(platform(), SIZES["gpu"])
 
 
 class Windows(NamedTuple):

@@ -131,22 +131,38 @@ def over_mesh(mesh: jax.sharding.Mesh):
 def received_bytes(
   query: jax.ShapeDtypeStruct,
   key: jax.ShapeDtypeStruct,
+  **where,
+) -> dict[tuple[int, int], int]:
+  """Returns branch (w, r) -> bytes of keys and values that a device receives.
+
+  The most that any device does, in one forward pass. Backward receives as much
+  again, and as many gradients in float32. Arguments are those of
+  `far_branches`.
+  """
+  batch, *_, width = query.shape
+  return {
+    branch.branch: far.received_bytes(
+      branch, batch=batch, head_width=width, itemsize=key.dtype.itemsize
+    )
+    for branch in far_branches(query, key, **where)
+  }
+
+
+def far_branches(
+  query: jax.ShapeDtypeStruct,
+  key: jax.ShapeDtypeStruct,
   *,
-  mesh: jax.sharding.Mesh,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
   axis_name: str = "seq",
   segment_lengths: Sequence[int],
   dilation_rates: Sequence[int],
   is_causal: bool = False,
   head_phase: str = "interleaved",
-) -> dict[tuple[int, int], int]:
-  """Returns branch (w, r) -> bytes of keys and values that a device receives.
-
-  The most that any device does, in one forward pass; branches that send
-  nothing are left out. Backward receives as much again, and as many gradients
-  in float32. T must be a multiple of the devices.
+) -> list[far.Far]:
+  """Returns the branches that devices talk about, and how they do.
 
   Args:
-    query: shape and type, (B, T, N, H).
+    query: shape and type, (B, T, N, H); T a multiple of the devices.
     key: shape and type, (B, T, K, H).
     mesh: the mesh; B, N and K are not split.
     axis_name: the axis that T is split over.
@@ -155,7 +171,7 @@ def received_bytes(
     is_causal: as there.
     head_phase: as there.
   """
-  batch, length, num_heads, width = query.shape
+  _, length, num_heads, width = query.shape
   settings = settings_lib.make_settings(
     width,
     segment_lengths=segment_lengths,
@@ -177,10 +193,4 @@ def received_bytes(
     shards=shards,
     axis_name=axis_name,
   )
-  size = key.dtype.itemsize
-  return {
-    branch.branch: far.received_bytes(
-      branch, batch=batch, head_width=width, itemsize=size
-    )
-    for branch in branches
-  }
+  return branches

@@ -128,21 +128,42 @@ def place_batch(batch: dict[str, np.ndarray], mesh, batch_size: int) -> dict:
   return {name: place(array) for name, array in batch.items()}
 
 
-def check_mesh(mesh, *, batch_size: int, length: int, num_heads: int) -> None:
+def check_mesh(
+  mesh,
+  *,
+  batch_size: int,
+  length: int,
+  num_heads: int,
+  kv_heads: int,
+  ffn_dim: int,
+) -> None:
   """Raises ValueError where the batch or the model does not divide."""
-  for axis, what, number in (
-    ("data", "rows computed at a time", batch_size),
-    ("seq", "positions of a window", length),
-    ("model", "heads", num_heads),
+  for axis, numbers in (
+    ("data", {"rows computed at a time": batch_size}),
+    ("seq", {"positions of a window": length}),
+    (
+      "model",
+      {
+        "heads": num_heads,
+        "key/value heads": kv_heads,
+        "columns of ffn_dim": ffn_dim,
+      },
+    ),
   ):
     size = mesh.shape[axis]
-    if number % size:
-      legal = [n for n in range(1, number + 1) if number % n == 0]
-      near = [n for n in legal if n <= size][-3:]
-      raise ValueError(
-        f"mesh.{axis} is {size} and must divide the {number} {what}; "
-        f"choose {' or '.join(map(str, near))}"
-      )
+    legal = _divisors(math.gcd(*numbers.values()))
+    for what, number in numbers.items():
+      if number % size:
+        near = [n for n in legal if n <= size][-3:]
+        near += [n for n in legal if n > size][:1]
+        raise ValueError(
+          f"mesh.{axis} is {size} and must divide the {number} {what}; "
+          f"choose {' or '.join(map(str, near))}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+  return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _fit(size: int, axes, mesh):

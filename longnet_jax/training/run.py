@@ -66,7 +66,17 @@ class Run:
       f"{self.mesh.size} {jax.default_backend()} {devices}{spread}; "
       f"{tokens:,} tokens "
       f"a step in windows of {self.train_source.window}, "
-      f"{self.train_source.num_windows:,} windows an epoch"
+      f"{self.train_source.num_windows:,} windows an epoch{self._idle()}"
+    )
+
+  def _idle(self) -> str:
+    """What to say of devices that the mesh leaves out."""
+    count = jax.device_count()
+    if self.mesh.size == count:
+      return ""
+    return (
+      f"; {count - self.mesh.size} of {count} devices are idle: the product of "
+      "mesh.data, mesh.seq and mesh.model is what is used"
     )
 
 
@@ -162,11 +172,19 @@ def _check_sizes(config, tokenizer, mesh):
       f"{config.model.position!r} numbers {config.model.position_limit} "
       "positions; choose a shorter window or model.position='rope'"
     )
+  check_mesh(config, mesh)
+
+
+def check_mesh(config: config_lib.ExperimentConfig, mesh) -> None:
+  """Raises ValueError, with legal choices, where a mesh does not fit a run."""
+  training, model = config.training, config.model
   sharding.check_mesh(
     mesh,
-    batch_size=config.training.batch_size // config.training.accumulation_steps,
+    batch_size=training.batch_size // training.accumulation_steps,
     length=config.data.window,
-    num_heads=config.model.num_heads,
+    num_heads=model.num_heads,
+    kv_heads=model.kv_heads,
+    ffn_dim=model.ffn_dim,
   )
 
 

@@ -10,6 +10,18 @@ TEXT = """
   %g = f32[8]{0} all-gather(%d), replica_groups=mesh['a'=2,'b'=4] {'b'}, y=2
   %h = f32[8]{0} all-gather(%d), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}
 """
+# The TPU compiler repeats a collective in every computation it runs beside.
+CHAIN = """
+%a = bf16[8] all-gather(%x), channel_id=1, replica_groups={{0,1}}, chain_id="7"
+%b = bf16[8] all-gather(%y), channel_id=1, replica_groups={{0,1}}, chain_id="7"
+  %c = bf16[4]{0} all-gather(%y), channel_id=1, replica_groups={{0,1}}
+  %d = bf16[4]{0} all-gather(%y), channel_id=1, replica_groups={{0,1}}
+"""
+
+
+def test_a_chain_counts_once():
+  found = collectives.collectives(CHAIN)
+  assert [x.received for x in found] == [8, 4, 4]
 
 
 def test_reads_what_each_collective_receives():

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base
-from longnet_jax.models import transformer
+from longnet_jax.models import attention, transformer
+from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.training import config as config_lib
+from longnet_jax.training import run as run_lib
 
 NAMES = sorted(
   path.stem
@@ -23,7 +25,13 @@ def _settings(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_builds_and_its_model_has_shapes(name):
   config = config_lib.build(_settings(name))
-  model = transformer.LongNetLM(config.model)
+  # Nobody has these devices here: a mesh of sizes alone.
+  sizes = tuple(getattr(config.mesh, axis) for axis in mesh_lib.AXES)
+  mesh = jax.sharding.AbstractMesh(sizes, mesh_lib.AXES)
+  run_lib.check_mesh(config, mesh)
+  model = transformer.LongNetLM(
+    config.model, attention.make_attention_fn(config.model, mesh)
+  )
   tokens = jax.ShapeDtypeStruct((1, config.data.window), jnp.int32)
   with jax.numpy_dtype_promotion("standard"):
     logits, _ = jax.eval_shape(
@@ -32,6 +40,16 @@ def test_a_config_builds_and_its_model_has_shapes(name):
   window, vocabulary = config.data.window, config.model.vocab_size
   assert logits.shape == (1, window, vocabulary)
   assert logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["gpu_8", "pod_v5e", "pod_v5p"])
+def test_a_mesh_uses_all_devices_and_the_whole_window_is_a_segment(name):
+  config = config_lib.build(_settings(name))
+  devices = importlib.import_module(f"configs.{name}").DEVICES
+  mesh = config.mesh
+  assert mesh.data * mesh.seq * mesh.model == devices
+  assert config.model.segment_lengths[-1] == config.data.window
+  assert config.model.max_positions == config.data.window
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed JSON."""
+"""The figures of every page are those of the committed JSON."""
 
 import json
 
@@ -7,10 +7,16 @@ import pytest
 from experiments import report
 
 
-def test_readme_is_what_the_command_makes_of_docs():
-  text = (report.ROOT / "README.md").read_text()
-  assert "<!-- table: quickstart -->" in text
+@pytest.mark.parametrize("path", report.pages(), ids=lambda path: path.name)
+def test_a_page_is_what_the_command_makes_of_docs(path):
+  text = path.read_text()
   assert report.rebuild(text) == text
+
+
+def test_the_tables_have_a_page():
+  text = "".join(path.read_text() for path in report.pages())
+  for name in report.TABLES:
+    assert f"<!-- table: {name} -->" in text
 
 
 def test_a_changed_figure_changes_the_table(tmp_path, monkeypatch):

@@ -45,3 +45,11 @@ def test_sparse_twin_sees_as_many_keys(length):
   wanted = sum(min(w, length) / r**2 for w, r in branches) / 2
   assert seen == pytest.approx(wanted, abs=blocks / 2)
   assert twin.attention == "sparse"
+
+
+def test_geometric_branches_end_with_the_whole_sequence():
+  found = sizes.geometric_branches(2**17)
+  assert found["segment_lengths"] == (2048, 8192, 32_768, 131_072)
+  assert found["dilation_rates"] == (1, 4, 16, 64)
+  longer = sizes.geometric_branches(2**17 + 1)
+  assert longer["segment_lengths"][-1] == 4 * 2**17

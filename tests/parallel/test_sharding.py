@@ -1,3 +1,5 @@
+import functools
+
 import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -70,3 +72,27 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, sizes, message):
   with pytest.raises(ValueError, match=message):
     sharding.check_mesh(mesh, batch_size=batch, length=length, num_heads=heads)
   sharding.check_mesh(mesh, batch_size=4, length=8, num_heads=4)
+
+
+@pytest.mark.parametrize(
+  "sizes, message",
+  [
+    ((3, 1, 1), "mesh.data is 3 and must divide the 8 rows .* 1 or 2 or 4"),
+    ((1, 5, 1), "mesh.seq is 5 and must divide the 64 positions .* 4 or 8"),
+    ((1, 1, 8), "mesh.model is 8 and must divide the 12 heads; choose 1 or 2"),
+    ((1, 1, 4), "mesh.model is 4 and must divide the 6 key/value heads"),
+    ((1, 1, 6), "mesh.model is 6 and must divide the 32 columns of ffn_dim"),
+  ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_with_choices(sizes, message):
+  fits = functools.partial(
+    sharding.check_mesh,
+    batch_size=8,
+    length=64,
+    num_heads=12,
+    kv_heads=6,
+    ffn_dim=32,
+  )
+  fits(jax.sharding.AbstractMesh((2, 4, 2), mesh_lib.AXES))
+  with pytest.raises(ValueError, match=message):
+    fits(jax.sharding.AbstractMesh(sizes, mesh_lib.AXES))
