@@ -12,7 +12,7 @@ import re
 
 from absl import flags
 
-from experiments import command
+from experiments import command, parallel_tables
 from longnet_jax import decode_speed
 from longnet_jax.analysis import pictures, speed_pictures
 from longnet_jax.training import curves
@@ -153,105 +153,22 @@ def _slides():
   return _markdown(head, rows)
 
 
-def _equality():
-  """Largest relative error of each case under each mesh."""
-  record = _read("parallel")
-  errors = record["errors"]
-  found = []
-  for cases in (
-    {k: v for k, v in errors.items() if not k.startswith("model")},
-    {k: v for k, v in errors.items() if k.startswith("model")},
-  ):
-    meshes = list(next(iter(cases.values())))
-    rows = [
-      (case, *(f"{row[mesh]:.0e}" for mesh in meshes))
-      for case, row in cases.items()
-    ]
-    found.append(_markdown(("data x seq x model", *meshes), rows))
+def _parallel(make, stem="parallel"):
+  """Tables of sequence parallelism."""
+  record = _read(stem)
+  found = [_markdown(head, rows) for head, rows in make(record)]
   return "\n\n".join(found) + _source(record)
-
-
-def _bytes():
-  """What collectives bring to a device on fake devices."""
-  record = _read("parallel")
-  rows = [
-    (f"{layer['length']:,}", f"{layer['devices']}", *_moved(row, "{:,}", 1))
-    for layer in record["bytes"]
-    for row in layer["rows"]
-  ]
-  head = ("tokens", "devices", *_MOVED, "bytes, formula", "measured")
-  return _markdown(head, rows) + _source(record)
-
-
-def _bytes_pod():
-  """What collectives bring to a chip of a compiled pod."""
-  record = _read("parallel_v5e")
-  rows = [
-    (
-      f"{layer['length']:,}",
-      f"{layer['heads']} x {layer['width']}",
-      *_moved(row, "{:.2f}", 2**20),
-    )
-    for layer in record["bytes"]
-    for row in layer["rows"]
-  ]
-  head = ("tokens", "heads", *_MOVED, "MiB, formula", "measured")
-  where = f" Compiled for {record['topology']} ({record['device']})."
-  return _markdown(head, rows) + _source(record) + where
-
-
-def _scaling():
-  """Bytes and compilation at fixed tokens a device."""
-  record = _read("parallel")
-  rows = []
-  for layer in record["scaling"]:
-    group = lambda number, rows=layer["rows"]: sum(
-      row["measured"] for row in rows if row["group"] == number
-    )
-    devices = layer["devices"]
-    whole = group(devices) if devices > 2 else 0
-    rows.append(
-      (
-        f"{devices}",
-        f"{layer['length']:,}",
-        f"{group(2):,}" if devices > 1 else "0",
-        f"{whole:,}",
-        f"{layer['compile_cpu_seconds']:.1f}",
-      )
-    )
-  head = ("devices", "tokens", "bytes, segment of 2 shards")
-  head += ("bytes, whole sequence", "CPU seconds to compile")
-  return _markdown(head, rows) + _source(record)
-
-
-_MOVED = ("pass", "collective", "type", "group", "branches")
-
-
-def _moved(row, form, unit):
-  """Returns the cells of one collective."""
-  branches = ", ".join(f"({w:,}, {r})" for w, r in row["branches"])
-  return (
-    row["pass"],
-    row["kind"],
-    row["dtype"],
-    f"{row['group']}",
-    branches,
-    *(
-      form.format(row[name] / unit if unit > 1 else row[name])
-      for name in ("formula", "measured")
-    ),
-  )
 
 
 TABLES = {
   "benchmark": _benchmark,
-  "bytes": _bytes,
-  "bytes_pod": _bytes_pod,
+  "bytes": lambda: _parallel(parallel_tables.received),
+  "bytes_pod": lambda: _parallel(parallel_tables.received_pod, "parallel_v5e"),
   "decoding": _decoding,
-  "equality": _equality,
+  "equality": lambda: _parallel(parallel_tables.equality),
   "quickstart": _quickstart,
   "sample": _sample,
-  "scaling": _scaling,
+  "scaling": lambda: _parallel(parallel_tables.scaling),
   "slides": _slides,
 }
 

@@ -60,15 +60,21 @@ def make_attention_fn(
   return functools.partial(_dense_attention, attend)
 
 
-def make_mixing_weights_fn(config: config_lib.LongNetConfig):
-  """Returns what measures the share of each branch; None without branches."""
+def make_mixing_weights_fn(
+  config: config_lib.LongNetConfig, attention_fn: AttentionFn | None = None
+):
+  """Returns what measures the share of each branch; None without branches.
+
+  `attention_fn` is that of `make_attention_fn`, for arrays that lie on a mesh:
+  no device need hold a whole sequence for this either.
+  """
   if config.attention != "dilated":
     return None
   return functools.partial(
     dilated_attention.mixing_weights,
     segment_lengths=config.segment_lengths,
     dilation_rates=config.dilation_rates,
-    head_phase=config.head_phase,
+    attend=attention_fn or make_attention_fn(config),
     scale=None,
   )
 

@@ -100,7 +100,9 @@ class Block(nn.Module):
     return self.ffn_norm(add(x, self.ffn(x)))
 
   def _sow_mixing_weights(self, query, key, segment_ids):
-    mixing_weights_fn = attention.make_mixing_weights_fn(self.config)
+    mixing_weights_fn = attention.make_mixing_weights_fn(
+      self.config, self.attention_fn
+    )
     if mixing_weights_fn and self.is_mutable_collection("intermediates"):
       weights = mixing_weights_fn(
         query, key, is_causal=self.is_causal, segment_ids=segment_ids

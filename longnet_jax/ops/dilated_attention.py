@@ -9,7 +9,7 @@ denominators (eqs. 9-10 of arXiv 2307.02486):
 which is one softmax over the multiset union of the keys of all branches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax import numpy as jnp
@@ -136,6 +136,7 @@ def mixing_weights(
   *,
   segment_lengths: Sequence[int],
   dilation_rates: Sequence[int],
+  attend: Callable | None = None,
   **options,
 ) -> Float[Array, " branches"]:
   """Returns each branch's mean share exp(lse_i - lse) of the mixture.
@@ -147,11 +148,13 @@ def mixing_weights(
     key: (B, T, K, H).
     segment_lengths: (w_1, ..., w_n).
     dilation_rates: (r_1, ..., r_n).
+    attend: computes one branch in place of `dilated_attention`, as over a mesh.
     **options: further arguments of `dilated_attention`.
   """
+  attend = attend or dilated_attention
   lses = jnp.stack(
     [
-      dilated_attention(
+      attend(
         query,
         key,
         key,
