@@ -1,6 +1,7 @@
 """How every command starts and fails: flags in, one clear line out."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import shlex
 import sys
 import traceback
@@ -19,6 +20,12 @@ _LOST = (
   "again: they go on from the last checkpoint"
 )
 _OURS = ("configs", "experiments", "longnet_jax")
+# How the parsers of flags begin to complain -> what they would take.
+_LEGAL = {
+  ": invalid literal for int()": "a whole number such as 4",
+  ": could not convert string to float": "a number such as 0.1",
+  ": ('Non-boolean argument": "True or False",
+}
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -73,11 +80,21 @@ def is_refusal(error: Exception) -> bool:
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
-  """Parses flags; a config key that does not exist names its nearest."""
+  """Parses flags; what is wrong with them is one line."""
+  with _explained(arguments):
+    rest = flags.FLAGS(arguments)
+    if "config" in flags.FLAGS:
+      hasattr(flags.FLAGS["config"].value, "seed")  # raises if not loaded
+    return rest
+
+
+@contextlib.contextmanager
+def _explained(arguments: Sequence[str]):
+  """Says what flags refuse; a key that does not exist names its nearest."""
   try:
-    return flags.FLAGS(arguments)
+    yield
   except flags.Error as error:
-    fail(error)
+    fail(ValueError(_legal_value(str(error))))
   except (AttributeError, KeyError) as error:
     keys = [a.lstrip("-").partition("=")[0] for a in arguments]
     known = list(config_lib.flatten(_default().to_dict(), "config."))
@@ -85,8 +102,21 @@ def _parse(arguments: Sequence[str]) -> list[str]:
       if key.startswith("config.") and key not in known:
         fail(ValueError(config_lib.unknown_key(key, known)))
     fail(error)
-  except (FileNotFoundError, ImportError, SyntaxError, TypeError) as error:
-    fail(ValueError(f"cannot load the config: {error}"))
+  except (OSError, ImportError, SyntaxError, TypeError) as error:
+    reason = str(error)
+    if isinstance(error, OSError):  # the library lists where it looked
+      reason = "no such file; use one such as configs/quickstart.py"
+    files = " ".join(a for a in arguments if a.startswith("--config="))
+    fail(ValueError(f"cannot load the config {files}: {reason}"))
+
+
+def _legal_value(message: str) -> str:
+  """What a flag's parser says, with what it would take."""
+  for complaint, legal in _LEGAL.items():
+    flag, found, _ = message.partition(complaint)
+    if found:
+      return f"{flag}: it must be {legal}"
+  return message
 
 
 def _default() -> ml_collections.ConfigDict:
@@ -97,6 +127,7 @@ def _default() -> ml_collections.ConfigDict:
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
   """The flag --config=FILE with --config.KEY=VALUE to change settings."""
-  return config_flags.DEFINE_config_file(
-    "config", default, "settings of the experiment, a file in configs/"
-  )
+  with _explained(sys.argv):  # a default is loaded here, and keys set in it
+    return config_flags.DEFINE_config_file(
+      "config", default, "settings of the experiment, a file in configs/"
+    )

@@ -52,7 +52,8 @@ class OptimizerConfig:
     _require(
       self.schedule == "constant" or self.decay_steps > self.warmup_steps,
       f"decay_steps is {self.decay_steps}; it must be above warmup_steps, "
-      f"which is {self.warmup_steps}",
+      f"which is {self.warmup_steps}; lower warmup_steps, or raise "
+      "training.steps, which decay_steps follows",
     )
 
 

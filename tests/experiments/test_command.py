@@ -1,9 +1,16 @@
+import functools
 import json
+import pathlib
+import sys
 
+from absl import flags
+from ml_collections import config_flags
 import pytest
 
 from experiments import command
 from longnet_jax.training import config as config_lib
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def _error(function):
@@ -26,3 +33,46 @@ def test_a_refusal_is_one_line(capsys):
     command.fail(ValueError("first\n  second"))
   assert caught.value.code == 1
   assert capsys.readouterr().err == "error: first second\n"
+
+
+@pytest.fixture
+def parse(monkeypatch):
+  values = flags.FlagValues()
+  define = functools.partial(
+    config_flags.DEFINE_config_file, flag_values=values
+  )
+  monkeypatch.setattr(command.config_flags, "DEFINE_config_file", define)
+  monkeypatch.setattr(command.flags, "FLAGS", values)
+
+  def run(argument):
+    monkeypatch.setattr(sys, "argv", ["train", argument])
+    command.define_config(str(ROOT / "configs" / "base.py"))
+    command._parse(["train", argument])
+    return values["config"].value
+
+  return run
+
+
+# ml_collections loads the file in a way that Python will drop.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_key_is_changed(parse):
+  assert parse("--config.model.num_layers=3").model.num_layers == 3
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+  "argument, message",
+  [
+    ("--config.model.num_layers=1.5", "1.5: it must be a whole number"),
+    ("--config.model.dropout_rate=x", "=x: it must be a number such as 0.1"),
+    ("--config.model.deepnorm=maybe", "=maybe: it must be True or False"),
+    ("--config.model.num_layer=1", "did you mean config.model.num_layers?"),
+    ("--config=/nowhere.py", "--config=/nowhere.py: no such file; use one"),
+  ],
+)
+def test_flags_that_do_not_parse_are_one_line(parse, capsys, argument, message):
+  with pytest.raises(SystemExit) as caught:
+    parse(argument)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert caught.value.code == 1
+  assert line.startswith("error: ") and message in line
