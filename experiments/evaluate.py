@@ -14,7 +14,7 @@ from experiments import command
 from longnet_jax import evaluate, speed
 from longnet_jax.data import config as data_config
 from longnet_jax.data import tokenizers
-from longnet_jax.training import checkpoint, curves
+from longnet_jax.training import checkpoint, curves, metrics
 from longnet_jax.training import workdir as workdir_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
@@ -48,7 +48,8 @@ def main(_) -> None:
   print(f"wrote {picture}")
   if _COMPARE.value:
     picture = workdirs[0] / "loss_compare.png"
-    curves.draw_losses(dict(zip(labels, workdirs, strict=True)), picture)
+    runs = map(metrics.read_metrics, workdirs)
+    curves.draw_losses(dict(zip(labels, runs, strict=True)), picture)
     print(f"wrote {picture}")
 
 

@@ -15,7 +15,7 @@ from absl import flags
 from experiments import command, parallel_tables
 from longnet_jax import decode_speed
 from longnet_jax.analysis import pictures, speed_pictures
-from longnet_jax.training import curves
+from longnet_jax.training import curves, metrics
 
 _CHECK = flags.DEFINE_bool("check", False, "only compare the tables")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -44,7 +44,10 @@ def main(_) -> None:
     decode_speed.draw(
       record["records"], path.with_suffix(".png"), record["title"]
     )
-  runs = {path.parent.name: path.parent for path in _comparison()}
+  runs = {
+    path.parent.name: metrics.read_metrics(path.parent)
+    for path in _comparison()
+  }
   if runs:
     curves.draw_losses(runs, DOCS / "comparison.png")
   names = ", ".join(path.name for path in pages())

@@ -1,26 +1,27 @@
-"""Pictures of how runs went, from their metrics files."""
+"""Pictures of how runs went, from their records."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from matplotlib import figure
 import numpy as np
-
-from longnet_jax.training import metrics
 
 # Okabe and Ito's colours, told apart by every kind of eye.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def draw_losses(workdirs: Mapping[str, object], path) -> None:
-  """Training and validation loss of each labelled workdir, in one picture."""
+def draw_losses(runs: Mapping[str, Sequence[dict]], path) -> None:
+  """Training and validation loss of each labelled run, in one picture.
+
+  A run is the records of its metrics file, or what of them has "step" with
+  "loss" or "validation_bits_per_byte".
+  """
   picture = figure.Figure(figsize=(10, 4), layout="constrained")
   train, validation = picture.subplots(1, 2)
-  for (label, workdir), colour in zip(
-    workdirs.items(), colours(len(workdirs)), strict=True
+  for (label, records), colour in zip(
+    runs.items(), colours(len(runs)), strict=True
   ):
-    records = metrics.read_metrics(workdir)
     steps, losses = _series(records, "loss")
-    if len(workdirs) == 1:
+    if len(runs) == 1:
       train.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
     train.plot(steps, smooth(losses), color=colour, label=label)
     validation.plot(
@@ -34,7 +35,7 @@ def draw_losses(workdirs: Mapping[str, object], path) -> None:
   validation.set(title="validation loss", xlabel="step", ylabel="bits a byte")
   for axes in (train, validation):
     axes.grid(alpha=0.3)
-    if len(workdirs) > 1:
+    if len(runs) > 1:
       axes.legend()
   picture.savefig(path, dpi=120)
 
@@ -51,7 +52,9 @@ def smooth(values: np.ndarray, *, share: float = 0.05) -> np.ndarray:
   return (sums[high] - sums[low]) / (high - low)
 
 
-def _series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _series(
+  records: Sequence[dict], name: str
+) -> tuple[np.ndarray, np.ndarray]:
   """Steps and values of the records that have `name`."""
   pairs = [(r["step"], r[name]) for r in records if name in r]
   steps, values = zip(*pairs, strict=True) if pairs else ((), ())

@@ -64,7 +64,10 @@ def train(
     step = int(state.step)
     validation = checkpoints.metrics(step) or {}
   if hosts.is_first():
-    curves.draw_losses({"": workdir}, workdir_lib.loss_picture_path(workdir))
+    curves.draw_losses(
+      {"": metrics_lib.read_metrics(workdir)},
+      workdir_lib.loss_picture_path(workdir),
+    )
   return Result(
     step=step,
     fingerprint=state_lib.fingerprint(state.params),

@@ -76,20 +76,14 @@ def test_durations(seconds, text):
 
 
 def test_curves_of_several_runs_in_one_picture(tmp_path):
-  workdirs = {}
-  for name in ("longnet", "dense"):
-    workdirs[name] = tmp_path / name
-    workdirs[name].mkdir()
-    with metrics.Writer(
-      workdirs[name], start=0, total=50, stream=io.StringIO()
-    ) as out:
-      for step in range(1, 51):
-        out.record(
-          step, {"loss": 5 / step, "validation_bits_per_byte": 6 / step}
-        )
+  falling = lambda height: [
+    {"step": step, "loss": 5 / step, "validation_bits_per_byte": height / step}
+    for step in range(1, 51)
+  ]
+  runs = {"longnet": falling(6), "dense": falling(7)}
   one, two = tmp_path / "one.png", tmp_path / "two.png"
-  curves.draw_losses({"": workdirs["dense"]}, one)
-  curves.draw_losses(workdirs, two)
+  curves.draw_losses({"": runs["dense"]}, one)
+  curves.draw_losses(runs, two)
   assert one.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
   assert one.read_bytes() != two.read_bytes()
 
