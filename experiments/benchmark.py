@@ -1,7 +1,7 @@
 """Speed and memory: python -m experiments.benchmark [--mode=decode].
 
 Sweeps the length, forward and forward+backward, LongNet beside dense attention
-in one process, and writes DIR/benchmark_BACKEND.json and .png. A core leaves
+in one process, and writes DIR/NAME_BACKEND.json and .png. A core leaves
 the sweep where memory ends or where one run would pass --max_seconds, and the
 table says so. --mode=decode measures a decoding step instead, against the
 context that was read, and writes DIR/decode_BACKEND.json and .png.
@@ -43,7 +43,11 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs", lower_bound=1)
 _MAX_SECONDS = flags.DEFINE_float(
   "max_seconds", 60.0, "a core whose next run would take longer is left out"
 )
+_DENSE = flags.DEFINE_bool("dense", True, "measure dense attention beside it")
 _OUT = flags.DEFINE_string("out", "runs/benchmark", "folder to write to")
+_NAME = flags.DEFINE_string(
+  "name", "benchmark", "files are NAME_BACKEND.json and .png"
+)
 
 
 def main(_) -> None:
@@ -76,7 +80,7 @@ def main(_) -> None:
     r for mode in _PASSES.value for r in _sweep(setting, lengths, mode)
   ]
   hardware = speed.hardware()
-  stem = out / f"benchmark_{hardware['backend']}"
+  stem = out / f"{_NAME.value}_{hardware['backend']}"
   document = {
     "command": command.line(),
     "hardware": hardware,
@@ -96,7 +100,8 @@ def _sweep(setting, lengths, mode):
     f"{'length':>9}  {'core':<17}{'seconds':>9}{'us/token':>10}"
     f"{'GFLOP/s':>9}{'of matmul':>11}{'of peak':>9}{'temp KB/token':>15}"
   )
-  records, expected = [], dict.fromkeys(speed.cores(setting, 1), 0.0)
+  cores = speed.cores(setting, 1) if _DENSE.value else ("LongNet",)
+  records, expected = [], dict.fromkeys(cores, 0.0)
   for length in lengths:
     names = [n for n, s in expected.items() if s <= _MAX_SECONDS.value]
     for record in speed.measure(

@@ -12,15 +12,29 @@ import re
 
 from absl import flags
 
-from experiments import command, parallel_tables
-from longnet_jax import decode_speed
+from experiments import command, parallel_tables, tables
+from longnet_jax import comparison, decode_speed
 from longnet_jax.analysis import pictures, speed_pictures
-from longnet_jax.training import curves, metrics
 
 _CHECK = flags.DEFINE_bool("check", False, "only compare the tables")
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+# name: what makes lists of (head, rows), of which record in docs/.
+TABLES = {
+  "benchmark": (tables.benchmark, "benchmark_cpu"),
+  "bytes": (parallel_tables.received, "parallel"),
+  "bytes_pod": (parallel_tables.received_pod, "parallel_v5e"),
+  "comparison": (tables.comparison, "comparison"),
+  "decoding": (tables.decoding, "decode_cpu"),
+  "equality": (parallel_tables.equality, "parallel"),
+  "million": (tables.benchmark, "million_cpu"),
+  "quickstart": (tables.quickstart, "quickstart"),
+  "scaling": (parallel_tables.scaling, "parallel"),
+  "slide_10k": (tables.slide, "slide_10k_tiles"),
+  "slide_100k": (tables.slide, "slide_100k_tiles"),
+}
 
 
 def main(_) -> None:
@@ -37,19 +51,10 @@ def main(_) -> None:
   if _CHECK.value:
     return
   pictures.draw_overview(DOCS / "pattern.png")
-  for path in sorted(DOCS.glob("benchmark_*.json")):
-    speed_pictures.draw_speed(_read(path.stem), path.with_suffix(".png"))
-  for path in sorted(DOCS.glob("decode_*.json")):
-    record = _read(path.stem)
-    decode_speed.draw(
-      record["records"], path.with_suffix(".png"), record["title"]
-    )
-  runs = {
-    path.parent.name: metrics.read_metrics(path.parent)
-    for path in _comparison()
-  }
-  if runs:
-    curves.draw_losses(runs, DOCS / "comparison.png")
+  speed_pictures.draw_speed(_read("benchmark_cpu"), DOCS / "benchmark_cpu.png")
+  decode = _read("decode_cpu")
+  decode_speed.draw(decode["records"], DOCS / "decode_cpu.png", decode["title"])
+  comparison.draw(_read("comparison"), DOCS / "comparison.png")
   names = ", ".join(path.name for path in pages())
   print(f"wrote {names} and the pictures in {DOCS}")
 
@@ -62,118 +67,28 @@ def pages() -> list[pathlib.Path]:
 def rebuild(text: str) -> str:
   """Returns a page's text with every table made anew."""
 
-  def table(match):
-    name = match[2]
-    if name not in TABLES:
-      raise ValueError(f"no table {name!r}; a page may have {sorted(TABLES)}")
-    return f"{match[1]}\n{TABLES[name]()}\n\n{match[3]}"
+  def made(match):
+    return f"{match[1]}\n{_make(match[2])}\n\n{match[3]}"
 
-  return _TABLE.sub(table, text)
+  return _TABLE.sub(made, text)
 
 
-def _read(stem):
-  return json.loads((DOCS / f"{stem}.json").read_text())
-
-
-def _comparison():
-  return sorted((DOCS / "comparison").glob("*/metrics.jsonl"))
-
-
-def _quickstart():
-  """Bits per byte of the quickstart model beside a byte trigram."""
-  record = _read("quickstart")
-  rows = [
-    (f"LongNet, context {score['length']:,}", f"{score['bits_per_byte']:.3f}")
-    for score in record["lengths"]
-  ]
-  rows.append(("byte trigram", f"{record['trigram_bits_per_byte']:.3f}"))
-  head = ("model", f"bits per byte, {record['split']} split")
-  return _markdown(head, rows) + _source(record)
-
-
-def _benchmark():
-  """Time and memory of attention at each length."""
-  record = _read("benchmark_cpu")
-  rows = []
-  for r in record["records"]:
-    start = (f"{r['length']:,}", r["mode"], r["core"])
-    if "skipped" in r:
-      rows.append((*start, r["skipped"], "", "", ""))
-      continue
-    temporary = r["temporary_bytes"] / r["length"] / record["setting"]["batch"]
-    rows.append(
-      (
-        *start,
-        f"{r['seconds']:.2f}",
-        f"{r['microseconds_per_token']:.0f}",
-        f"{r['share_of_matmul']:.0%}",
-        f"{temporary / 1000:.1f}",
-      )
+def _make(name):
+  """Returns a table as Markdown, with the command that it comes from."""
+  if name == "sample":
+    return f"```\n{(DOCS / 'sample.txt').read_text().rstrip()}\n```"
+  if name not in TABLES:
+    raise ValueError(
+      f"no table {name!r}; a page may have sample, {', '.join(sorted(TABLES))}"
     )
-  head = ("length", "mode", "core", "seconds", "µs a token")
-  head += ("of matmul FLOP/s", "temporary KB a token")
-  return _markdown(head, rows) + _source(record)
-
-
-def _decoding():
-  """Time of a step and bytes of the cache at each context, core beside core."""
-  record = _read("decode_cpu")
-  found = {(r["context"], r["core"]): r for r in record["records"]}
-  cores = {"dilated": "LongNet", "dense": "dense", "sparse": "Sparse"}
-  rows = []
-  for context in sorted({context for context, _ in found}):
-    records = [found[context, core] for core in cores]
-    steps = (
-      f"{1e3 * r['seconds']:.1f}" if "seconds" in r else "-" for r in records
-    )
-    caches = (f"{r['cache_bytes'] / 2**20:.1f}" for r in records)
-    rows.append((f"{context:,}", *steps, *caches))
-  head = ("context", *(f"{name}, ms a step" for name in cores.values()))
-  head += tuple(f"{name}, cache MiB" for name in cores.values())
-  return _markdown(head, rows) + _source(record)
-
-
-def _sample():
-  """A text of the quickstart model, after the command that made it."""
-  return f"```\n{(DOCS / 'sample.txt').read_text().rstrip()}\n```"
-
-
-def _slides():
-  """Time and memory of the slide encoder."""
-  rows = []
-  for tiles in ("10k", "100k"):
-    r = _read(f"slide_{tiles}_tiles")
-    rows.append(
-      (
-        f"{r['tiles']:,}",
-        f"{r['parameters']:,}",
-        f"{r['seconds_run']:.0f}",
-        f"{r['peak_gigabytes']:.1f}",
-        f"{r['device']}, {r['cores']} cores",
-      )
-    )
-  head = ("tiles", "parameters", "seconds", "peak GB", "hardware")
-  return _markdown(head, rows)
-
-
-def _parallel(make, stem="parallel"):
-  """Tables of sequence parallelism."""
+  make, stem = TABLES[name]
   record = _read(stem)
   found = [_markdown(head, rows) for head, rows in make(record)]
   return "\n\n".join(found) + _source(record)
 
 
-TABLES = {
-  "benchmark": _benchmark,
-  "bytes": lambda: _parallel(parallel_tables.received),
-  "bytes_pod": lambda: _parallel(parallel_tables.received_pod, "parallel_v5e"),
-  "decoding": _decoding,
-  "equality": lambda: _parallel(parallel_tables.equality),
-  "quickstart": _quickstart,
-  "sample": _sample,
-  "scaling": lambda: _parallel(parallel_tables.scaling),
-  "slides": _slides,
-}
+def _read(stem):
+  return json.loads((DOCS / f"{stem}.json").read_text())
 
 
 def _markdown(head, rows):

@@ -1,0 +1,78 @@
+"""Tables of the README from docs/*.json: lists of (head, rows), cells text."""
+
+from longnet_jax import comparison as comparison_lib
+
+
+def quickstart(record: dict) -> list[tuple]:
+  """Returns bits per byte of the quickstart model beside a byte trigram."""
+  rows = [
+    (f"LongNet, context {score['length']:,}", f"{score['bits_per_byte']:.3f}")
+    for score in record["lengths"]
+  ]
+  rows.append(("byte trigram", f"{record['trigram_bits_per_byte']:.3f}"))
+  return [(("model", f"bits per byte, {record['split']} split"), rows)]
+
+
+def comparison(record: dict) -> list[tuple]:
+  """Returns what models that differ in their attention have learned."""
+  rows = [
+    (
+      comparison_lib.LABELS[core],
+      f"{model['parameters']:,}",
+      f"{model['validation_bits_per_byte']:.3f}",
+    )
+    for core, model in record["models"].items()
+  ]
+  head = ("model", "parameters", f"bits per byte after {record['steps']} steps")
+  return [(head, rows)]
+
+
+def benchmark(record: dict) -> list[tuple]:
+  """Returns time and memory of attention at each length."""
+  rows = []
+  for r in record["records"]:
+    start = (f"{r['length']:,}", r["mode"], r["core"])
+    if "skipped" in r:
+      rows.append((*start, r["skipped"], "", "", ""))
+      continue
+    temporary = r["temporary_bytes"] / r["length"] / record["setting"]["batch"]
+    rows.append(
+      (
+        *start,
+        f"{r['seconds']:.2f}",
+        f"{r['microseconds_per_token']:.0f}",
+        f"{r['share_of_matmul']:.0%}",
+        f"{temporary / 1000:.1f}",
+      )
+    )
+  head = ("length", "mode", "core", "seconds", "µs a token")
+  return [(head + ("of matmul FLOP/s", "temporary KB a token"), rows)]
+
+
+def decoding(record: dict) -> list[tuple]:
+  """Returns a step's time and the cache's bytes, core beside core."""
+  found = {(r["context"], r["core"]): r for r in record["records"]}
+  cores = comparison_lib.LABELS
+  rows = []
+  for context in sorted({context for context, _ in found}):
+    records = [found[context, core] for core in cores]
+    steps = (
+      f"{1e3 * r['seconds']:.1f}" if "seconds" in r else "-" for r in records
+    )
+    caches = (f"{r['cache_bytes'] / 2**20:.1f}" for r in records)
+    rows.append((f"{context:,}", *steps, *caches))
+  head = ("context", *(f"{name}, ms a step" for name in cores.values()))
+  return [(head + tuple(f"{name}, MiB" for name in cores.values()), rows)]
+
+
+def slide(record: dict) -> list[tuple]:
+  """Returns time and memory of a slide encoder at its released size."""
+  row = (
+    f"{record['tiles']:,}",
+    f"{record['parameters']:,}",
+    f"{record['seconds_compile']:.0f}",
+    f"{record['seconds_run']:.0f}",
+    f"{record['peak_gigabytes']:.1f}",
+  )
+  head = ("tiles", "parameters", "seconds to compile", "to run", "peak GB")
+  return [(head, [row])]
