@@ -6,6 +6,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from longnet_jax.training import checkpoint, loop, metrics, report, stopping
 from longnet_jax.training import config as config_lib
@@ -141,6 +142,36 @@ def test_a_signal_saves_and_stops(
   monkeypatch.undo()
   late, _ = _train(tiny_settings(), tmp_path)
   assert late.fingerprint == result.fingerprint
+
+
+class Snippets(tfds.core.GeneratorBasedBuilder):
+  """Any text dataset that somebody has prepared."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+    return tfds.core.DatasetInfo(builder=self, features=features)
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i in range(40):
+      yield i, {"text": f"the text of document {i} " * 4}
+
+
+def test_any_prepared_text_dataset_trains_by_its_name(tiny_settings, tmp_path):
+  Snippets(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  settings = tiny_settings(
+    data__dataset="snippets",
+    data__data_dir=str(tmp_path),
+    data__folder="/nowhere",
+    training__steps=2,
+  )
+  result, stream = _train(settings, tmp_path / "run")
+  assert result.step == 2
+  assert "step 2/2" in stream.getvalue()
 
 
 def test_signals_are_given_back():
