@@ -23,8 +23,8 @@ def comparison(record: dict) -> list[tuple]:
     )
     for core, model in record["models"].items()
   ]
-  head = ("model", "parameters", f"bits per byte after {record['steps']} steps")
-  return [(head, rows)]
+  steps = f"validation bits per byte after {record['steps']} steps"
+  return [(("model", "parameters", steps), rows)]
 
 
 def benchmark(record: dict) -> list[tuple]:
