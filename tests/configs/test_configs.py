@@ -3,6 +3,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 import pytest
 
 from configs import base
@@ -27,7 +28,9 @@ def test_a_config_builds_and_its_model_has_shapes(name):
   config = config_lib.build(_settings(name))
   # Nobody has these devices here: a mesh of sizes alone.
   sizes = tuple(getattr(config.mesh, axis) for axis in mesh_lib.AXES)
-  mesh = jax.sharding.AbstractMesh(sizes, mesh_lib.AXES)
+  mesh = jax.sharding.AbstractMesh(
+    sizes, mesh_lib.AXES, axis_types=(AxisType.Auto,) * len(sizes)
+  )
   run_lib.check_mesh(config, mesh)
   model = transformer.LongNetLM(
     config.model, attention.make_attention_fn(config.model, mesh)
