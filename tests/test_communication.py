@@ -4,7 +4,7 @@ import jax
 from jax import numpy as jnp
 
 from longnet_jax import communication
-from longnet_jax.ops import mixture, windows
+from longnet_jax.ops import problem, windows
 
 
 def test_the_formula_is_what_the_compiled_layer_receives():
@@ -45,6 +45,6 @@ def test_a_program_may_be_made_for_another_platform():
   here = windows.device_sizes()
   with windows.compiling_for("tpu"):
     assert windows.device_sizes() == windows.SIZES["tpu"] != here
-    assert mixture.product_dtype(jnp.dtype("bfloat16")) == jnp.bfloat16
+    assert problem.product_dtype(jnp.dtype("bfloat16")) == jnp.bfloat16
   assert windows.device_sizes() == here
   assert windows.platform() == jax.default_backend()

@@ -63,7 +63,8 @@ _attend.defvjp(_forward, _backward)
 def forward(settings, inputs, part):
   """Returns out and lse of the mixture of `settings.branches`."""
   problem = problem_lib.make_problem(settings, part, *inputs)
-  if problem.sizes.skip_maximum and not problem.has_masks:
+  length, unshifted = inputs[0].shape[1], problem.sizes.unshifted
+  if 0 < unshifted <= length and not problem.has_masks:
     scaled = problem.query.astype(problem.dtype) * settings.scale
     key = problem.key.astype(problem.dtype)
     problem = problem._replace(small=blockwise.all_small(scaled, key))

@@ -27,7 +27,8 @@ class Sizes(NamedTuple):
   whole: sequences of at most so many rows are not cut.
   scores: scores in flight, which decides how many sequences run together.
   window: elements of the windows that are computed together.
-  skip_maximum: whether softmax of small scores goes without the maximum.
+  unshifted: length from which on softmax of small scores goes without the
+    maximum: below, compiling both ways costs more than it saves. 0 for never.
   """
 
   block: int
@@ -36,7 +37,7 @@ class Sizes(NamedTuple):
   whole: int
   scores: int
   window: int
-  skip_maximum: bool = False
+  unshifted: int = 0
 
 
 SIZES = {
@@ -47,7 +48,7 @@ SIZES = {
     whole=4096,
     scores=2**19,
     window=2**23,
-    skip_maximum=True,
+    unshifted=2048,
   ),
   "gpu": Sizes(
     block=512, key_block=512, tile=2048, whole=2048, scores=2**29, window=2**28

@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from longnet_jax import comparison
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -29,6 +31,7 @@ def _compare(*arguments):
   )
 
 
+@pytest.mark.slow
 def test_three_runs_make_one_record(config_file, tmp_path):
   arguments = (f"--config={config_file}", f"--workdir={tmp_path}", *FEW)
   first = _compare(*arguments)
