@@ -29,6 +29,7 @@ TABLES = {
   "comparison": (tables.comparison, "comparison"),
   "decoding": (tables.decoding, "decode_cpu"),
   "equality": (parallel_tables.equality, "parallel"),
+  "long": (tables.benchmark, "long_cpu"),
   "million": (tables.benchmark, "million_cpu"),
   "quickstart": (tables.quickstart, "quickstart"),
   "scaling": (parallel_tables.scaling, "parallel"),
