@@ -62,6 +62,14 @@ def prefill(
     raise ValueError(
       f"tokens have shape {tokens.shape}; it must be (B, T), both at least 1"
     )
+  lowest, highest = tokens.min(), tokens.max()
+  if (
+    tokens.dtype.kind not in "iu" or lowest < 0 or highest >= config.vocab_size
+  ):
+    raise ValueError(
+      f"tokens are {tokens.dtype} from {lowest} to {highest}; they must be ints"
+      f" from 0 to {config.vocab_size - 1}"
+    )
   batch, length = tokens.shape
   if chunk < 1:
     raise ValueError(f"chunk is {chunk}; it must be at least 1")

@@ -53,7 +53,7 @@ def generate(
       longest prompt and its continuation.
   """
   lengths = _check_prompts(config, prompts)
-  _check_settings(config, max_new_tokens, temperature, top_k, top_p)
+  _check_settings(config, max_new_tokens, temperature, top_k, top_p, seed)
   needed = _check_room(config, max(lengths), max_new_tokens)
   tokens = np.zeros((len(prompts), max(lengths)), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
@@ -143,15 +143,17 @@ def _check_room(config, longest, max_new_tokens):
   return needed
 
 
-def _check_settings(config, max_new_tokens, temperature, top_k, top_p):
+def _check_settings(config, max_new_tokens, temperature, top_k, top_p, seed):
   if max_new_tokens < 1:
     raise ValueError(
       f"max_new_tokens is {max_new_tokens}; it must be at least 1"
     )
-  if temperature < 0:
+  if not 0 <= temperature < np.inf:
     raise ValueError(
       f"temperature is {temperature}; use 0 for the likeliest token or more"
     )
+  if not 0 <= seed < 2**31:
+    raise ValueError(f"seed is {seed}; use 0 to {2**31 - 1}")
   if top_k is not None and not 1 <= top_k <= config.vocab_size:
     raise ValueError(f"top_k is {top_k}; use 1 to {config.vocab_size}")
   if not 0 < top_p <= 1:

@@ -116,6 +116,8 @@ def test_draws_follow_the_probabilities():
   [
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"temperature": -1.0}, "temperature is -1.0"),
+    ({"temperature": np.nan}, "temperature is nan"),
+    ({"seed": 2**40}, f"seed is {2**40}; use 0 to"),
     ({"top_k": 12}, "top_k is 12; use 1 to 11"),
     ({"top_p": 0.0}, "top_p is 0.0"),
     ({"prompts": []}, "prompts is empty"),

@@ -45,8 +45,9 @@ def dilated_attention(
 
   With lse_i the logsumexp of branch i (w_i, r_i) at a row and head,
   out = sum_i exp(lse_i) out_i / sum_i exp(lse_i). Costs
-  4 T N H sum_i(w_i / r_i^2) FLOPs forward, half of it when causal; memory
-  beyond inputs and outputs depends neither on T nor on the number of branches.
+  4 T N H sum_i(w_i / r_i^2) FLOPs forward, half of it when causal. Memory
+  beyond inputs and outputs is that of one window, the least common multiple of
+  the segment lengths or T if that is less, whatever the number of branches.
 
   Args:
     query: (B, T, N, H): batch, length, heads, head width; any float type.
@@ -58,7 +59,8 @@ def dilated_attention(
     is_causal: whether a row sees only rows up to itself.
     scale: multiplies the scores; 1 / sqrt(H) by default. A traced one
       multiplies the query, in its type, and has a gradient.
-    key_value_seq_lengths: (B,), keys at or past the length are not attended.
+    key_value_seq_lengths: (B,), keys at or past the length are not attended;
+      they may be anything, NaN as well.
     segment_ids: (B, T), rows attend to rows of the same id only (packed
       documents); any ints but -2^31 and -2^31 + 1, which mark what is hidden.
     head_phase: "interleaved" (head j keeps rows j mod r, the paper) or

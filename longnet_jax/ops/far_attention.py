@@ -74,6 +74,7 @@ def gather(shard, far):
   if shard.lengths is not None:
     seen &= position[None] < shard.lengths[:, None, None]
   ids = jnp.where(seen, documents, attention.HIDDEN_KEY)
+  arrived = jnp.where(seen[..., None], arrived, jnp.zeros((), arrived.dtype))
   return arrived, ids, position
 
 

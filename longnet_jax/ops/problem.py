@@ -90,6 +90,7 @@ class Located(NamedTuple):
   query: jax.Array  # index into (B T N, H)
   key: jax.Array  # index into (B T K, H)
   valid: jax.Array  # whether there is such a row
+  key_valid: jax.Array  # and whether its length lets queries see it
   query_rows: Rows
   key_rows: Rows
 
@@ -148,6 +149,7 @@ def locate(problem, step, sequences, table):
     row * num_heads + head,
     row * problem.key.shape[2] + head // group,
     valid,
+    valid & seen,
     Rows(ids=ids, hashes=hashes),
     Rows(ids=key_ids, hashes=key_hashes),
   )
@@ -156,8 +158,10 @@ def locate(problem, step, sequences, table):
 def take_inputs(problem, located):
   """Returns query (scaled), key and value rows (G, R, H)."""
   query = take(problem.query, located.query, located.valid)
+  # Zeros where nobody looks: there may be NaN, and 0 * NaN is NaN.
   key, value = (
-    take(x, located.key, located.valid) for x in (problem.key, problem.value)
+    take(x, located.key, located.key_valid)
+    for x in (problem.key, problem.value)
   )
   query, key, value = (x.astype(problem.dtype) for x in (query, key, value))
   return query * problem.settings.scale, key, value

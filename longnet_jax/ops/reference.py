@@ -73,7 +73,8 @@ def _branch(settings, index, query, key, value, lengths, segment_ids, seed):
     pattern &= real
 
   def one(b, head, q, k, v, end, ids, pattern):
-    k, v = (jnp.where(real[:, None], x[source], 0) for x in (k, v))
+    there = real & (source < end)
+    k, v = (jnp.where(there[:, None], x[source], 0) for x in (k, v))
     mask = pattern & (source < end)[None] & (ids[:, None] == ids[source][None])
     factor = None
     if seed is not None:

@@ -61,7 +61,12 @@ def sequence_parallel_attention(
       raise ValueError(
         f"{name} is {axis!r}; use one of the mesh's axes {tuple(mesh.shape)}"
       )
+  settings_lib.check_shapes(query, key, value)
   batch, length = query.shape[:2]
+  if segment_ids is not None and segment_ids.shape != (batch, length):
+    raise ValueError(
+      f"segment_ids has shape {segment_ids.shape}; it must be {batch, length}"
+    )
   padding = -length % mesh.shape[axis_name]
   if padding and options.get("padding") == "zeros":
     if not options.get("is_causal"):

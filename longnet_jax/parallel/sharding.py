@@ -19,7 +19,8 @@ RULES = (
   (r"attention/out/kernel$", P("model", None, _FSDP)),
   (r"ffn/fc1/kernel$", P(_FSDP, "model")),
   (r"ffn/fc2/kernel$", P("model", _FSDP)),
-  (r"(^|/)embedding$", P("model", _FSDP)),
+  # Split along D, a lookup would make whole (B, T, D) arrays on each device.
+  (r"(^|/)embedding$", P("model", None)),
   (r"(^|/)output$", P(_FSDP, "model")),
 )
 

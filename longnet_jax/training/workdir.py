@@ -46,6 +46,12 @@ def read_config(workdir) -> config_lib.ExperimentConfig:
   """The settings that a workdir was trained with."""
   path = config_path(workdir)
   if not path.exists():
+    if (pathlib.Path(workdir) / "checkpoints").is_dir():
+      raise ValueError(
+        f"{workdir} holds no language model; read an imported encoder with "
+        "longnet_jax.load_checkpoint, one of slides with "
+        "experiments.encode_slide"
+      )
     raise ValueError(
       f"{workdir} holds no config.json; give the --workdir of a training run"
     )

@@ -252,6 +252,22 @@ def test_hidden_keys_give_zero_and_no_gradient():
   assert all((np.asarray(x)[1, 5:] == 0).all() for x in grads[1:])
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_what_lies_past_the_length_may_be_nan(implementation):
+  tensors = inputs(2, 20, 2, 2, 4)
+  ends = jnp.array([13, 20])
+  past = (jnp.arange(20)[None] >= ends[:, None])[..., None, None]
+  dirty = [tensors[0], *(jnp.where(past, jnp.nan, x) for x in tensors[1:])]
+  traced = {"key_value_seq_lengths": ends}
+  clean = [tensors[0], *(jnp.where(past, 0.0, x) for x in tensors[1:])]
+  for x, y in zip(
+    run(implementation, dirty, PAPER, traced),
+    run(implementation, clean, PAPER, traced),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(x, y)
+
+
 @pytest.fixture
 def unshifted(monkeypatch):
   """Short sequences go without the maximum as well."""

@@ -143,6 +143,10 @@ def test_bad_arguments_are_refused():
     dilation_rates=(4,),
     mesh=mesh_lib.make_mesh(seq=2),
   )
+  with pytest.raises(ValueError, match=r"key has batch .* \(1, 11\)"):
+    attend(x, x[:, :11], x[:, :11])
+  with pytest.raises(ValueError, match=r"segment_ids has shape \(1, 3\)"):
+    attend(x, x, x, segment_ids=jnp.zeros((1, 3), jnp.int32))
   with pytest.raises(ValueError, match="'rows'; use one of .*'seq'"):
     attend(x, x, x, axis_name="rows")
   with pytest.raises(ValueError, match="segments of 6 at rate 4"):

@@ -85,12 +85,12 @@ class _Processes:
       self._texts = [process.communicate() for process in self.all]
     return [process.returncode for process in self.all], self._texts
 
-  def wait_for_step(self, workdir, step):
-    """True once the step is recorded, False if a process ended before."""
+  def wait_for(self, condition):
+    """True once the condition is, False if a process ended before."""
     while all(process.poll() is None for process in self.all):
-      if any(r["step"] >= step for r in metrics.read_metrics(workdir)):
+      if condition():
         return True
-      time.sleep(0.02)
+      time.sleep(0.01)
     return False
 
 
@@ -115,7 +115,8 @@ def _check_a_killed_run(settings, folder, count, killed, devices):
     f"--fake_devices={devices}",
   ]
   with _Processes(count, *flags) as first:
-    assert first.wait_for_step(workdir, 6), first.finish()
+    complete = workdir / "checkpoints" / "4"  # its name until then is longer
+    assert first.wait_for(complete.exists), first.finish()
     first.all[killed].kill()
     codes, texts = first.finish()
   assert codes[killed] == -signal.SIGKILL
@@ -172,7 +173,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(settings, tmp_path):
   config = _write(settings(steps=100_000, mesh={"data": 2}), tmp_path)
   workdir = tmp_path / "run"
   with _Processes(2, f"--config={config}", f"--workdir={workdir}") as run:
-    assert run.wait_for_step(workdir, 2), run.finish()
+    assert run.wait_for(lambda: metrics.read_metrics(workdir)), run.finish()
     run.all[1].send_signal(signal.SIGTERM)
     codes, texts = run.finish()
   assert codes == [128 + signal.SIGTERM] * 2, texts
