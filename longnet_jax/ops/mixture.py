@@ -67,7 +67,9 @@ def forward(settings, inputs, part):
   if 0 < unshifted <= length and not problem.has_masks:
     scaled = problem.query.astype(problem.dtype) * settings.scale
     key = problem.key.astype(problem.dtype)
-    problem = problem._replace(small=blockwise.all_small(scaled, key))
+    # No gradient: a second derivative must not look into it.
+    small = blockwise.all_small(*map(lax.stop_gradient, (scaled, key)))
+    problem = problem._replace(small=small)
   return _over_windows(problem, functools.partial(_forward_step, problem))
 
 

@@ -319,6 +319,27 @@ def test_a_batch_of_small_and_large_scores_is_exact(unshifted):
   )
 
 
+def test_a_second_derivative_equals_that_of_the_reference(unshifted):
+  tensors = inputs(1, 12, 1, 1, 2)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def second(query, implementation):
+    def loss(query):
+      out = longnet_jax.dilated_attention(
+        query, *tensors[1:], **PAPER, implementation=implementation
+      )
+      return (out**2).sum()
+
+    return jax.grad(lambda x: (jax.grad(loss)(x) ** 2).sum())(query)
+
+  np.testing.assert_allclose(
+    second(tensors[0], "xla"),
+    second(tensors[0], "reference"),
+    rtol=1e-4,
+    atol=1e-4,
+  )
+
+
 def test_float16_does_not_overflow():
   tensors = inputs(1, 40, 2, 2, 16, dtype=jnp.float16)
   large = [tensors[0] * 200, tensors[1] * 200, tensors[2]]
