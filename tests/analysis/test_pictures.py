@@ -63,10 +63,12 @@ def test_the_union_shows_counts_and_reach_shows_layers():
     np.testing.assert_array_equal(layers.filled(-1)[:, key], expected)
 
 
-def test_a_pattern_that_reads_nothing_is_drawn():
+def test_heads_that_read_nothing_are_drawn():
   pattern = analysis.Pattern(2, 3, (1,), (5,))
-  analysis.draw_union(pattern)
-  analysis.draw_heads(pattern)
+  union = analysis.draw_union(pattern).axes[0].images[0].get_array()
+  np.testing.assert_array_equal(union.filled(0), np.eye(2))  # head 0 alone
+  # A panel for each head and one for all of them.
+  assert len(analysis.draw_heads(pattern).axes) == 4
 
 
 def test_every_cell_of_the_largest_pattern_has_pixels():

@@ -161,4 +161,7 @@ def test_refuses_gaps_and_empty_tensors_by_name(read_golden):
 def test_a_saved_position_table_is_not_needed(read_golden):
   state, config, _ = read_golden("gigapath_small")
   table = np.zeros((1, 2501, 64), np.float32)
-  gigapath.convert(state | {"pos_embed": table}, config)
+  with_table = gigapath.convert(state | {"pos_embed": table}, config)
+  wanted = gigapath.convert(state, config)
+  assert with_table[0] == wanted[0]
+  jax.tree.map(np.testing.assert_array_equal, with_table[1], wanted[1])
