@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from experiments import command
-from longnet_jax import slides, speed
+from longnet_jax import speed
 from longnet_jax.interop import gigapath
-from longnet_jax.models import slide_encoder
+from longnet_jax.models import slide_encoder, slides
 from longnet_jax.training import checkpoint
 from longnet_jax.training import state as state_lib
 

@@ -14,8 +14,8 @@ from absl import flags
 import numpy as np
 
 from experiments import command
-from longnet_jax import sampling
 from longnet_jax.data import tokenizers
+from longnet_jax.inference import sample
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.training import checkpoint
 from longnet_jax.training import workdir as workdir_lib
@@ -71,7 +71,7 @@ def main(_) -> None:
     mesh = mesh_lib.make_mesh(seq=_SEQ.value, model=_MODEL.value)
   write = _writer(tokenizer)
   start = time.perf_counter()
-  (found,) = sampling.generate(
+  (found,) = sample.generate(
     config,
     params,
     [prompt.astype(np.int32)],

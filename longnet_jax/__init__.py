@@ -5,11 +5,12 @@ The package is a stack; each layer imports only from those above it:
   ops         mathematics of attention, positions and dilation
   parallel    meshes, sharding rules, sequence parallelism
   models      the LongNet decoder and encoders
+  inference   caches, prefill, decoding and sampling
   data        real code as tokens, in batches that depend on the step alone
   training    loss, optimizer, step, checkpoints, metrics
   interop     weights of torchscale and Prov-GigaPath
   analysis    FLOPs, reach and pictures of an attention pattern
-  evaluate, decoding, sampling    what a trained model is for
+  evaluate    what a trained model has learned
 
 Shapes are written with one letter an axis: B batch, T positions, N query heads,
 K key/value heads, H head width, D model width, F feed-forward width, V
@@ -24,11 +25,11 @@ _PUBLIC = {
   "LongNetLM": "models.transformer",
   "SlideEncoder": "models.slide_encoder",
   "attention_fn": "ops.drop_in",
-  "decode_step": "decoding",
+  "decode_step": "inference.decode",
   "dilated_attention": "ops.dilated_attention",
-  "generate": "sampling",
+  "generate": "inference.sample",
   "load_checkpoint": "training.checkpoint",
-  "prefill": "decoding",
+  "prefill": "inference.prefill",
   "sequence_parallel_attention": "parallel.sequence",
 }
 _SUBPACKAGES = ("analysis", "interop")

@@ -19,8 +19,8 @@ import jax
 from jax import numpy as jnp
 from matplotlib import figure as mpl_figure
 
-from longnet_jax import decoding
-from longnet_jax.models import cache as cache_lib
+from longnet_jax.inference import cache as cache_lib
+from longnet_jax.inference import decode
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import transformer
 
@@ -140,7 +140,7 @@ class _Steps:
   def seconds(self) -> float:
     """Returns how long the next step takes."""
     start = time.perf_counter()
-    logits, self.cache = decoding.decode_step(
+    logits, self.cache = decode.decode_step(
       self.config, self.params, self.cache, self.token
     )
     jax.block_until_ready(logits)

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from longnet_jax import slides
-from longnet_jax.models import slide_encoder
+from longnet_jax.models import slide_encoder, slides
 
 _CONFIG = slide_encoder.SlideEncoderConfig(
   num_layers=1,

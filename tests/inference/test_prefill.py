@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from longnet_jax import decoding, sampling
+from longnet_jax.inference import decode, prefill, sample
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import transformer
 from longnet_jax.parallel import mesh as mesh_lib
@@ -99,11 +99,11 @@ _SLOW_CASES = {
 def test_logits_and_cache_equal_those_of_one_device(changes, sizes):
   config = _change(**changes)
   mesh = mesh_lib.make_mesh(*sizes)
-  prefill = functools.partial(
-    decoding.prefill, config, _params(config), _TOKENS, _LENGTHS, max_length=64
+  read = functools.partial(
+    prefill.prefill, config, _params(config), _TOKENS, _LENGTHS, max_length=64
   )
-  found = prefill(mesh=mesh)
-  _check(found, prefill(chunk=8))
+  found = read(mesh=mesh)
+  _check(found, read(chunk=8))
   assert found[1].keys[0].sharding.mesh == mesh
 
 
@@ -111,18 +111,18 @@ def test_logits_and_cache_equal_those_of_one_device(changes, sizes):
 def test_half_precision():
   config = _change(dtype="bfloat16")
   arguments = config, _params(_CONFIG), _TOKENS, _LENGTHS
-  found = decoding.prefill(*arguments, mesh=mesh_lib.make_mesh(1, 4, 2))
-  _check(found, decoding.prefill(*arguments, chunk=8), rtol=0.1, atol=0.1)
+  found = prefill.prefill(*arguments, mesh=mesh_lib.make_mesh(1, 4, 2))
+  _check(found, prefill.prefill(*arguments, chunk=8), rtol=0.1, atol=0.1)
 
 
 def test_decoding_goes_on_over_the_mesh_or_on_one_device():
   mesh = mesh_lib.make_mesh(2, 2, 2)
   params = _params(_CONFIG)
-  prefill = functools.partial(
-    decoding.prefill, _CONFIG, params, _TOKENS, _LENGTHS, max_length=64
+  read = functools.partial(
+    prefill.prefill, _CONFIG, params, _TOKENS, _LENGTHS, max_length=64
   )
-  _, expected = prefill(chunk=8)
-  _, over_mesh = prefill(mesh=mesh)
+  _, expected = read(chunk=8)
+  _, over_mesh = read(mesh=mesh)
   moved = jax.device_put(over_mesh, jax.devices()[0])
   placed = sharding.place_for_reading(params, mesh)
   # Two examples and half of the streams on each device.
@@ -130,9 +130,9 @@ def test_decoding_goes_on_over_the_mesh_or_on_one_device():
   assert {x.spec for x in layout} == {P("data", None, "model")}
   for step in range(12):
     token = _TOKENS[:, step]
-    logits, expected = decoding.decode_step(_CONFIG, params, expected, token)
-    one, moved = decoding.decode_step(_CONFIG, params, moved, token)
-    all_, over_mesh = decoding.decode_step(_CONFIG, placed, over_mesh, token)
+    logits, expected = decode.decode_step(_CONFIG, params, expected, token)
+    one, moved = decode.decode_step(_CONFIG, params, moved, token)
+    all_, over_mesh = decode.decode_step(_CONFIG, placed, over_mesh, token)
     np.testing.assert_allclose(one, logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(all_, logits, rtol=1e-4, atol=1e-5)
     for x, sharding_then in zip(over_mesh.keys, layout, strict=True):
@@ -144,7 +144,7 @@ def test_generated_tokens_are_the_same():
     row[:length] for row, length in zip(_TOKENS, _LENGTHS, strict=True)
   ]
   generate = functools.partial(
-    sampling.generate, _CONFIG, _params(_CONFIG), prompts, max_new_tokens=9
+    sample.generate, _CONFIG, _params(_CONFIG), prompts, max_new_tokens=9
   )
   found = generate(mesh=mesh_lib.make_mesh(2, 2, 2))
   np.testing.assert_equal(found, generate())

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longnet_jax import decoding
+from longnet_jax.inference import decode, prefill
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import transformer
 
@@ -97,7 +97,7 @@ def test_steps_after_any_prompt_equal_the_forward_pass(config):
   total = _TOKENS.shape[1]
   lengths = np.arange(1, total + 1)
   text = np.arange(total) % len(_TOKENS)
-  logits, cache = decoding.prefill(
+  logits, cache = prefill.prefill(
     config, params, _TOKENS[text], lengths, chunk=4
   )
   # Every prompt shorter than that passes three ends of the longest segment.
@@ -112,16 +112,16 @@ def test_steps_after_any_prompt_equal_the_forward_pass(config):
     )
     np.testing.assert_array_equal(cache.position, last)
     token = _TOKENS[text, np.minimum(last, total - 1)]
-    logits, cache = decoding.decode_step(config, params, cache, token)
+    logits, cache = decode.decode_step(config, params, cache, token)
 
 
 def test_a_prompt_in_a_batch_leaves_what_it_leaves_alone():
   params, lengths = _params(_CONFIG), [1, 13, 17]
-  logits, cache = decoding.prefill(
+  logits, cache = prefill.prefill(
     _CONFIG, params, _TOKENS[:, :17], lengths, chunk=8
   )
   for i, length in enumerate(lengths):
-    alone = decoding.prefill(
+    alone = prefill.prefill(
       _CONFIG, params, _TOKENS[i : i + 1, :length], chunk=8
     )
     jax.tree.map(
@@ -135,7 +135,7 @@ def test_a_prompt_in_a_batch_leaves_what_it_leaves_alone():
 
 @pytest.mark.parametrize("chunk", [3, 512])
 def test_the_chunk_does_not_matter(chunk):
-  logits, cache = decoding.prefill(
+  logits, cache = prefill.prefill(
     _CONFIG, _params(_CONFIG), _TOKENS[:, :29], chunk=chunk
   )
   expected = _forward(_CONFIG)[:, 28]
@@ -145,7 +145,7 @@ def test_the_chunk_does_not_matter(chunk):
 
 def test_half_precision_stays_near():
   config = _change(dtype="bfloat16")
-  logits, cache = decoding.prefill(
+  logits, cache = prefill.prefill(
     config, _params(_CONFIG), _TOKENS[:, :17], chunk=8
   )
   assert logits.dtype == jnp.float32
@@ -155,23 +155,23 @@ def test_half_precision_stays_near():
 
 def test_past_the_room_logits_are_nan():
   config, params = _change(attention="dense"), _params(_CONFIG)
-  logits, cache = decoding.prefill(
+  logits, cache = prefill.prefill(
     config, params, _TOKENS[:, :3], max_length=4, chunk=4
   )
-  logits, cache = decoding.decode_step(config, params, cache, _TOKENS[:, 3])
+  logits, cache = decode.decode_step(config, params, cache, _TOKENS[:, 3])
   np.testing.assert_allclose(
     logits, _forward(config)[:, 3], rtol=1e-4, atol=1e-5
   )
-  logits, cache = decoding.decode_step(config, params, cache, _TOKENS[:, 4])
+  logits, cache = decode.decode_step(config, params, cache, _TOKENS[:, 4])
   assert np.isnan(logits).all()
 
 
 def test_the_cache_is_updated_in_place():
   config = _change(attention="dense")
   params = _params(_CONFIG)
-  _, cache = decoding.prefill(config, params, _TOKENS[:1, :3], max_length=8192)
+  _, cache = prefill.prefill(config, params, _TOKENS[:1, :3], max_length=8192)
   token = jnp.zeros(1, jnp.int32)
-  step = decoding.decode_step.lower(config, params, cache, token).compile()
+  step = decode.decode_step.lower(config, params, cache, token).compile()
   memory = step.memory_analysis()
   assert memory.alias_size_in_bytes >= cache.nbytes
   # A copy of the layer that is read, of keys and of values, and little else.
@@ -181,11 +181,11 @@ def test_the_cache_is_updated_in_place():
 def test_prompts_that_cannot_be_are_refused():
   for lengths, message in (([1], "lengths have shape"), ([0, 1, 2], "1 to 5")):
     with pytest.raises(ValueError, match=message):
-      decoding.prefill(_CONFIG, {}, _TOKENS[:, :5], np.array(lengths))
+      prefill.prefill(_CONFIG, {}, _TOKENS[:, :5], np.array(lengths))
   with pytest.raises(ValueError, match="tokens have shape"):
-    decoding.prefill(_CONFIG, {}, _TOKENS[0])
+    prefill.prefill(_CONFIG, {}, _TOKENS[0])
   with pytest.raises(ValueError, match="prompt of 41 tokens is longer than"):
-    decoding.prefill(_CONFIG, {}, _TOKENS, max_length=40)
+    prefill.prefill(_CONFIG, {}, _TOKENS, max_length=40)
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_a_million_positions_cost_what_ten_thousand_do():
     bound = None if core == "dilated" else length + 200
     if core == "dense":
       tokens = tokens[:, :512]  # what it holds does not change its time
-    logits, cache = decoding.prefill(
+    logits, cache = prefill.prefill(
       config, params, tokens.astype(np.int32), max_length=bound, chunk=1024
     )
     if core == "dense":
@@ -208,7 +208,7 @@ def test_a_million_positions_cost_what_ten_thousand_do():
     times = []
     for _ in range(100):
       start = time.perf_counter()
-      logits, cache = decoding.decode_step(config, params, cache, token)
+      logits, cache = decode.decode_step(config, params, cache, token)
       jax.block_until_ready(logits)
       times.append(time.perf_counter() - start)
     assert np.isfinite(logits).all()

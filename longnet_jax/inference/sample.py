@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longnet_jax import decoding
+from longnet_jax.inference import decode, prefill
 from longnet_jax.models import config as config_lib
 from longnet_jax.parallel import sharding
 
@@ -41,9 +41,9 @@ def generate(
     stop_tokens: any of them ends its example and is not returned.
     seed: of the draws; example b draws the same whatever the others are.
     callback: called with (example, token) as soon as a token is there.
-    chunk: see `decoding.prefill`.
+    chunk: see `prefill.prefill`.
     mesh: of `parallel.mesh.make_mesh`; many devices read the prompts and write
-      together, see `decoding.prefill`.
+      together, see `prefill.prefill`.
 
   Returns:
     The new tokens of each prompt.
@@ -62,7 +62,7 @@ def generate(
   room = min(1 << (needed - 1).bit_length(), config.position_limit)
   if mesh is not None:
     params = sharding.place_for_reading(params, mesh)
-  logits, cache = decoding.prefill(
+  logits, cache = prefill.prefill(
     config, params, tokens, lengths, max_length=room, chunk=chunk, mesh=mesh
   )
   draw = functools.partial(
@@ -78,7 +78,7 @@ def generate(
     token = draw(logits, cache.position)
     if step + 1 < max_new_tokens:
       # Launched before the token is looked at, so that the device never waits.
-      logits, cache = decoding.decode_step(config, params, cache, token)
+      logits, cache = decode.decode_step(config, params, cache, token)
     found = np.asarray(token).tolist()
     active -= {i for i in active if found[i] in stop_tokens}
     for i in sorted(active):

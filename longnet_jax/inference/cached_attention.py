@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from longnet_jax.models import cache as cache_lib
+from longnet_jax.inference import cache as cache_lib
 from longnet_jax.models import config as config_lib
 from longnet_jax.ops import attention, dilation
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from longnet_jax.analysis import costs, pattern
-from longnet_jax.models import cache as cache_lib
+from longnet_jax.inference import cache as cache_lib
 from longnet_jax.models import config as config_lib
 
 _CONFIG = config_lib.LongNetConfig(

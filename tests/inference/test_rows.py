@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longnet_jax.inference import rows
 from longnet_jax.parallel import mesh as mesh_lib
-from longnet_jax.parallel import rows
 
 
 @pytest.mark.parametrize("batch, kv_heads", [(4, 2), (3, 1)])

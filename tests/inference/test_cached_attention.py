@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longnet_jax.models import attention, cached_attention
-from longnet_jax.models import cache as cache_lib
+from longnet_jax.inference import cache as cache_lib
+from longnet_jax.inference import cached_attention
+from longnet_jax.models import attention
 from longnet_jax.models import config as config_lib
 
 _CONFIG = config_lib.LongNetConfig(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longnet_jax import sampling
+from longnet_jax.inference import sample
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import transformer
 
@@ -48,7 +48,7 @@ def _greedy(length, new):
 
 def _generate(**options):
   prompts = [_TOKENS[2, :9], _TOKENS[1, :2].tolist()]
-  found = sampling.generate(_CONFIG, _params(_CONFIG), prompts, **options)
+  found = sample.generate(_CONFIG, _params(_CONFIG), prompts, **options)
   return [ids.tolist() for ids in found]
 
 
@@ -80,7 +80,7 @@ def test_a_seed_decides_and_examples_do_not_meet():
   found = _generate(max_new_tokens=12, seed=1)
   assert found == _generate(max_new_tokens=12, seed=1)
   assert found != _generate(max_new_tokens=12, seed=2)
-  alone = sampling.generate(
+  alone = sample.generate(
     _CONFIG, _params(_CONFIG), [_TOKENS[2, :9]], max_new_tokens=12, seed=1
   )
   assert alone[0].tolist() == found[0]
@@ -90,7 +90,7 @@ def _draw(logits, number, **options):
   defaults = dict(seed=0, temperature=1.0, top_k=len(logits), top_p=1.0)
   logits = jnp.tile(jnp.asarray(logits, jnp.float32)[None], (number, 1))
   position = jnp.zeros(number, jnp.int32)
-  return np.asarray(sampling._draw(logits, position, **(defaults | options)))
+  return np.asarray(sample._draw(logits, position, **(defaults | options)))
 
 
 def test_draws_follow_the_probabilities():
@@ -131,4 +131,4 @@ def test_draws_follow_the_probabilities():
 def test_what_cannot_be_is_refused(options, message):
   settings = dict(prompts=[[1]], max_new_tokens=1) | options
   with pytest.raises(ValueError, match=message):
-    sampling.generate(_CONFIG, {}, **settings)
+    sample.generate(_CONFIG, {}, **settings)
