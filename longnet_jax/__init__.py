@@ -2,14 +2,15 @@
 
 The package is a stack; each layer imports only from those above it:
 
+  pattern     which rows a head keeps of a branch, and how many: NumPy alone
   ops         mathematics of attention, positions and dilation
   parallel    meshes, sharding rules, sequence parallelism
   models      the LongNet decoder and encoders
   inference   caches, prefill, decoding and sampling
   data        real code as tokens, in batches that depend on the step alone
+  analysis    FLOPs, reach and pictures of an attention pattern
   training    loss, optimizer, step, checkpoints, metrics
   interop     weights of torchscale and Prov-GigaPath
-  analysis    FLOPs, reach and pictures of an attention pattern
   evaluate    what a trained model has learned
 
 Shapes are written with one letter an axis: B batch, T positions, N query heads,

@@ -18,8 +18,8 @@ import jax
 from jax import numpy as jnp
 
 from longnet_jax import analysis
+from longnet_jax.analysis import chips
 from longnet_jax.ops import dilated_attention as op
-from longnet_jax.training import flops
 
 MODES = ("forward", "forward+backward")
 _MATMUL = 2048  # rows of the matrix product that is the yardstick
@@ -157,7 +157,7 @@ def _rates(setting, length, record, seconds, matmul_rates):
     work += cost.backward_flops
   rate = setting.batch * work / seconds
   matmul = statistics.median(matmul_rates)
-  peak = flops.peak_flops()
+  peak = chips.peak_flops()
   return {
     "seconds": seconds,
     "microseconds_per_token": 1e6 * seconds / (setting.batch * length),

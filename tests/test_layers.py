@@ -6,7 +6,19 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "longnet_jax"
-LAYERS = "ops parallel models inference data training interop analysis".split()
+LAYERS = [
+  "pattern",
+  "checked",
+  "ops",
+  "parallel",
+  "models",
+  "inference",
+  "data",
+  "analysis",
+  "training",
+  "interop",
+  "evaluate",
+]
 MODULES = sorted(ROOT.rglob("*.py"))
 
 
@@ -40,9 +52,7 @@ def test_imports_come_from_the_same_or_an_earlier_layer(path):
 
 
 def test_the_rule_sees_a_violation():
-  assert _layer("longnet_jax.training.loop") > _layer(
-    "longnet_jax.ops.dilation"
-  )
+  assert _layer("longnet_jax.training.loop") > _layer("longnet_jax.pattern")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ops").rglob("*.py")))

@@ -18,14 +18,6 @@ matplotlib are all it needs.
 """
 
 from longnet_jax.analysis.costs import Cost, cost, decode_cache_bytes
-from longnet_jax.analysis.pattern import (
-  Pattern,
-  dense,
-  from_config,
-  gaps,
-  kept_rows,
-  num_unread,
-)
 from longnet_jax.analysis.pictures import (
   draw_branches,
   draw_heads,
@@ -42,6 +34,14 @@ from longnet_jax.analysis.reach import (
 )
 from longnet_jax.analysis.report import describe, summary
 from longnet_jax.analysis.suggestion import Suggestion, suggest
+from longnet_jax.pattern import (
+  Pattern,
+  dense,
+  from_config,
+  gaps,
+  kept_rows,
+  num_unread,
+)
 
 __all__ = [
   "Cost",

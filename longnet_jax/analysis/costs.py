@@ -1,8 +1,13 @@
-"""Exact FLOPs and bytes of a setting, from closed forms at any length."""
+"""Exact FLOPs and bytes of a setting, from closed forms at any length.
+
+Those of a model are counted as published: matrix products and attention scores
+once forward and twice backward; what is recomputed to save memory is not work
+of the model.
+"""
 
 import dataclasses
 
-from longnet_jax.analysis import pattern as pattern_lib
+from longnet_jax import pattern as pattern_lib
 
 _LSE_BYTES = 4  # the logsumexp is float32 whatever the compute type
 
@@ -33,27 +38,6 @@ class Cost:
   cache_bytes: int
 
 
-def count_pairs(pattern: pattern_lib.Pattern, branch: int, head: int) -> int:
-  """Returns the (query, key) pairs that one head scores in one branch."""
-  width, rate = pattern.branches[branch]
-  offset = pattern_lib.phase(pattern, rate, head)
-  total = 0
-  for rows, how_many in pattern_lib.segments(pattern.length, width):
-    kept = pattern_lib.kept_per_segment(rows, rate, offset)
-    pairs = kept * (kept + 1) // 2 if pattern.is_causal else kept * kept
-    total += how_many * pairs
-  return total
-
-
-def count_rows(pattern: pattern_lib.Pattern, branch: int, offset: int) -> int:
-  """Returns the positions of one phase in one branch."""
-  width, rate = pattern.branches[branch]
-  return sum(
-    how_many * pattern_lib.kept_per_segment(rows, rate, offset)
-    for rows, how_many in pattern_lib.segments(pattern.length, width)
-  )
-
-
 def cost(
   pattern: pattern_lib.Pattern,
   *,
@@ -74,15 +58,14 @@ def cost(
   """
   num_kv_heads = _checked_kv_heads(pattern, num_kv_heads, head_dim, itemsize)
   heads = range(pattern.num_heads)
-  branches = range(len(pattern.branches))
-  pairs = sum(count_pairs(pattern, b, h) for b in branches for h in heads)
+  pairs = pattern_lib.total_pairs(pattern)
   query_rows = sum(
-    count_rows(pattern, b, pattern_lib.phase(pattern, r, h))
+    pattern_lib.count_rows(pattern, b, pattern_lib.phase(pattern, r, h))
     for b, (_, r) in enumerate(pattern.branches)
     for h in heads
   )
   key_rows = sum(
-    count_rows(pattern, b, offset)
+    pattern_lib.count_rows(pattern, b, offset)
     for b, (_, r) in enumerate(pattern.branches)
     for _, offset in _streams(pattern, r, num_kv_heads)
   )
@@ -123,10 +106,40 @@ def decode_cache_bytes(
   """
   num_kv_heads = _checked_kv_heads(pattern, num_kv_heads, head_dim, itemsize)
   rows = sum(
-    -(-min(w, pattern.length) // r) * len(_streams(pattern, r, num_kv_heads))
+    pattern_lib.max_kept(min(w, pattern.length), r)
+    * len(_streams(pattern, r, num_kv_heads))
     for w, r in pattern.branches
   )
   return rows * 2 * head_dim * itemsize
+
+
+def train_flops(config, length: int) -> int:
+  """Returns forward and backward FLOPs of one window of `length` positions.
+
+  Args:
+    config: a `LongNetConfig`.
+    length: positions of the window.
+  """
+  width, heads = config.model_dim, config.num_heads
+  projections = width * config.head_dim * (2 * heads + 2 * config.kv_heads)
+  block = projections + 2 * width * config.ffn_dim
+  matrices = config.num_layers * block + width * config.vocab_size
+  pairs = config.num_layers * attention_pairs(config, length)
+  return 3 * (2 * matrices * length + 4 * config.head_dim * pairs)
+
+
+def attention_pairs(config, length: int) -> int:
+  """Returns the causal (query, key) pairs that all heads of a layer score.
+
+  Args:
+    config: a `LongNetConfig`, of any attention.
+    length: positions in the sequence.
+  """
+  if config.attention == "sparse":
+    return config.num_heads * pattern_lib.sparse_pairs(
+      length, config.sparse_block, config.sparse_summary
+    )
+  return pattern_lib.total_pairs(pattern_lib.from_config(config, length))
 
 
 def _streams(pattern, rate, num_kv_heads):

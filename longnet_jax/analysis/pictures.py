@@ -13,7 +13,8 @@ from matplotlib import figure as mpl_figure
 from matplotlib import patches, ticker
 import numpy as np
 
-from longnet_jax.analysis import pattern as pattern_lib
+from longnet_jax import pattern as pattern_lib
+from longnet_jax.analysis import masks as masks_lib
 from longnet_jax.analysis import reach
 
 _LARGEST = 512  # positions; beyond it pictures become very large
@@ -67,7 +68,7 @@ def draw_heads(
   pattern_lib.index("branch", branch, len(pattern.branches))
   width, rate = pattern.branches[branch]
   masks = [
-    pattern_lib.branch_mask(pattern, branch, head)
+    masks_lib.branch_mask(pattern, branch, head)
     for head in range(pattern.num_heads)
   ]
   figure, panels = _panels(len(masks) + 1, pattern.length)
@@ -87,7 +88,7 @@ def draw_union(
 ) -> mpl_figure.Figure:
   """Draws how many (branch, head) read each pair."""
   _check(pattern)
-  counts = pattern_lib.multiplicity(pattern)
+  counts = masks_lib.multiplicity(pattern)
   return _draw_levels(
     pattern,
     np.where(counts, counts, -1),
@@ -147,7 +148,7 @@ def draw_overview(path: str | os.PathLike) -> mpl_figure.Figure:
 def _draw_branch_panels(panels, pattern, head):
   """Fills one panel a branch and a last one with their union."""
   for branch, (width, rate) in enumerate(pattern.branches):
-    mask = pattern_lib.branch_mask(pattern, branch, head)
+    mask = masks_lib.branch_mask(pattern, branch, head)
     title = f"head {head}, w = {width}, r = {rate}"
     _show_owners(panels[branch], pattern, np.where(mask, branch + 1, 0), title)
   owners = _branch_owners(pattern, head)
@@ -158,7 +159,7 @@ def _branch_owners(pattern, head):
   """Returns 1 + the first branch with which a head reads each pair, or 0."""
   return _owners(
     [
-      pattern_lib.branch_mask(pattern, branch, head)
+      masks_lib.branch_mask(pattern, branch, head)
       for branch in range(len(pattern.branches))
     ]
   )

@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from longnet_jax.analysis import pattern as pattern_lib
+from longnet_jax import pattern as pattern_lib
 
 _WORD = 64  # sources followed at once, one bit each
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from longnet_jax import pattern as pattern_lib
 from longnet_jax.analysis import costs, reach
-from longnet_jax.analysis import pattern as pattern_lib
 
 # Keys followed through the layers, and the length up to which that takes
 # seconds.
@@ -66,11 +66,11 @@ def _branch_lines(pattern):
   yield f"{'segment':>13} {'rate':>10} {'keys a segment':>15} {'pairs':>8}"
   heads = range(pattern.num_heads)
   pairs = [
-    sum(costs.count_pairs(pattern, branch, head) for head in heads)
+    sum(pattern_lib.count_pairs(pattern, branch, head) for head in heads)
     for branch in range(len(pattern.branches))
   ]
   for (width, rate), scored in zip(pattern.branches, pairs, strict=True):
-    keys = -(-min(width, pattern.length) // rate)
+    keys = pattern_lib.max_kept(min(width, pattern.length), rate)
     share = scored / max(sum(pairs), 1)
     yield f"{width:>13,} {rate:>10,} {keys:>15,} {share:>8.2%}"
 

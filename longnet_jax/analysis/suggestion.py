@@ -3,8 +3,8 @@
 import numbers
 from typing import NamedTuple
 
+from longnet_jax import pattern as pattern_lib
 from longnet_jax.analysis import costs
-from longnet_jax.analysis import pattern as pattern_lib
 
 
 class Suggestion(NamedTuple):

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from longnet_jax import pattern
 from longnet_jax.models import config as config_lib
-from longnet_jax.ops import dilation
 
 
 @struct.dataclass
@@ -151,7 +151,7 @@ def held_positions(
 def _branch(config, length, rate):
   heads = np.arange(config.num_heads, dtype=np.int32)
   kv_head = heads // (config.num_heads // config.kv_heads)
-  phase = dilation.phases(config.num_heads, rate, config.head_phase)
+  phase = pattern.phases(config.num_heads, rate, config.head_phase)
   streams, stream = np.unique(
     np.stack([kv_head, phase], axis=1), axis=0, return_inverse=True
   )
@@ -169,4 +169,4 @@ def slots(branch: Branch, max_length: int) -> int:
   """Returns how many rows each stream of a branch has."""
   if branch.summary:
     return -(-max_length // branch.length) * branch.summary
-  return dilation.kept_rows(min(branch.length, max_length), branch.rate)
+  return pattern.max_kept(min(branch.length, max_length), branch.rate)

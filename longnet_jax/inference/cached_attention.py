@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from longnet_jax import pattern
 from longnet_jax.inference import cache as cache_lib
 from longnet_jax.models import config as config_lib
-from longnet_jax.ops import attention, dilation
+from longnet_jax.ops import attention
 
 # Slots whose scores exist at once; a longer store is read tile by tile, as far
 # as any row sees. Reading is what one row costs, so that a CPU gains by small
@@ -123,7 +124,7 @@ def _locate(branch, index, position, count, query, keys):
   origin = index * length - position % length
   first = origin + jnp.asarray(branch.phases)[:, None]
   skipped = jnp.maximum(0, (rate - 1 - first) // rate)
-  kept = min(dilation.kept_rows(length, rate), dilation.kept_rows(chunk, rate))
+  kept = min(pattern.max_kept(length, rate), pattern.max_kept(chunk, rate))
   slot = skipped + jnp.arange(kept)[None]
   row = first + rate * slot
   exists = (row - origin < length) & (row < count)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from longnet_jax import pattern
 from longnet_jax.models import config as model_config
-from longnet_jax.ops import dilation
 
 # torchscale's names and defaults of what a LongNetConfig says as well. "*" is
 # "decoder" or "encoder".
@@ -220,8 +220,8 @@ def check_exportable(
 def _phases_agree(config):
   return all(
     np.array_equal(
-      dilation.phases(config.num_heads, rate, config.head_phase),
-      dilation.phases(config.num_heads, rate, "blocked"),
+      pattern.phases(config.num_heads, rate, config.head_phase),
+      pattern.phases(config.num_heads, rate, "blocked"),
     )
     for rate in config.dilation_rates
   )

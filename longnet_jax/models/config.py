@@ -4,11 +4,12 @@ import dataclasses
 import difflib
 from typing import Any
 
+from longnet_jax import pattern
 from longnet_jax.ops import rotary
 
 _CHOICES = {
   "attention": ("dilated", "dense", "sparse"),
-  "head_phase": ("interleaved", "blocked"),
+  "head_phase": pattern.HEAD_PHASES,
   "padding": ("mask", "zeros"),
   "position": ("xpos", "rope", "none"),
   "norm_position": ("pre", "post"),

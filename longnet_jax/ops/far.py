@@ -11,7 +11,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from longnet_jax.ops import dilation, exchange
+from longnet_jax import pattern
+from longnet_jax.ops import exchange
 from longnet_jax.ops import windows as windows_lib
 
 
@@ -62,7 +63,7 @@ def plan(
       near.append((index, (w, r)))
       continue
     branch = max(w, r), r
-    phases = dilation.phases(all_heads, r, settings.head_phase)
+    phases = pattern.phases(all_heads, r, settings.head_phase)
     found = exchange.plan(
       branch[0],
       length,

@@ -11,6 +11,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from longnet_jax import pattern
 from longnet_jax.ops import attention, dilation
 from longnet_jax.ops import windows as windows_lib
 from longnet_jax.ops.attention import Rows
@@ -74,7 +75,7 @@ def product_dtype(dtype: jnp.dtype) -> jnp.dtype:
 def _phase(problem, branch):
   """Returns the phase of each head, (N,)."""
   num_heads, part = problem.query.shape[2], problem.part
-  phases = dilation.phases(
+  phases = pattern.phases(
     part.num_heads or num_heads,
     problem.settings.branches[branch][1],
     problem.settings.head_phase,

@@ -4,7 +4,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from longnet_jax.ops import attention, dilation
+from longnet_jax import pattern as pattern_lib
+from longnet_jax.ops import attention
 
 
 def attend(settings, query, key, value, lengths, segment_ids, seed):
@@ -53,7 +54,7 @@ def _branch(settings, index, query, key, value, lengths, segment_ids, seed):
   batch, length, num_heads, _ = query.shape
   w = min(w, length)
   num_segments = -(-length // w)
-  reach = dilation.kept_rows(w, r) * r  # a segment with its padding
+  reach = pattern_lib.max_kept(w, r) * r  # a segment with its padding
   position = np.arange(length)
   segment, offset = position // w, position % w
   key_segment = np.repeat(np.arange(num_segments), reach)
@@ -61,7 +62,7 @@ def _branch(settings, index, query, key, value, lengths, segment_ids, seed):
   key_position = key_segment * w + key_offset
   real = (key_offset < w) & (key_position < length)
   source = np.where(real, key_position, 0)
-  phase = dilation.phases(num_heads, r, settings.head_phase)[:, None, None]
+  phase = pattern_lib.phases(num_heads, r, settings.head_phase)[:, None, None]
   pattern = (
     (segment[:, None] == key_segment)
     & (offset[:, None] % r == phase)

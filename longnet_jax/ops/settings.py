@@ -9,7 +9,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from longnet_jax.ops import attention, dilation
+from longnet_jax import pattern
+from longnet_jax.ops import attention
 
 PADDINGS = ("mask", "zeros")
 
@@ -51,7 +52,7 @@ def make_settings(
     if not isinstance(value, (bool, np.bool_)):
       raise ValueError(f"{name} is {value!r}; use True or False, not traced")
   for name, value, legal in (
-    ("head_phase", head_phase, dilation.HEAD_PHASES),
+    ("head_phase", head_phase, pattern.HEAD_PHASES),
     ("padding", padding, PADDINGS),
   ):
     if value not in legal:

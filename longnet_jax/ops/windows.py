@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from longnet_jax.ops import dilation
+from longnet_jax import pattern
 
 
 class Sizes(NamedTuple):
@@ -139,7 +139,7 @@ def plan_sequences(branches, group, windows, num_heads, sizes):
   classes = {}
   for index in group:
     w, r = branches[index]
-    rows = tile = dilation.kept_rows(w, r)
+    rows = tile = pattern.max_kept(w, r)
     if rows > sizes.whole:
       tiles = -(-rows // sizes.tile)
       tile = -(-rows // (tiles * sizes.block)) * sizes.block

@@ -13,7 +13,8 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longnet_jax.ops import dilated_attention, dilation
+from longnet_jax import pattern
+from longnet_jax.ops import dilated_attention
 
 
 def zero_key_attention(
@@ -80,7 +81,7 @@ def count_zero_keys(
   ends = lengths[:, None, None]
   total = jnp.zeros((lengths.shape[0], length, num_heads), jnp.int32)
   for w, r in zip(segment_lengths, dilation_rates, strict=True):
-    phases = dilation.phases(num_heads, r, head_phase)
+    phases = pattern.phases(num_heads, r, head_phase)
     phase = jnp.asarray(phases, jnp.int32)[None, None]
     offset = positions % w
     segment = jnp.clip(ends - (positions - offset), 0, w)

@@ -7,7 +7,7 @@ import time
 
 import jax
 
-from longnet_jax.training import flops
+from longnet_jax.analysis import chips
 from longnet_jax.training import metrics as metrics_lib
 from longnet_jax.training import run as run_lib
 
@@ -27,7 +27,7 @@ class Report:
     self._run, self._writer = run, writer
     self._held = None
     self._tokens, self._since = 0.0, None
-    peak = flops.peak_flops(run.mesh.devices.flat[0])
+    peak = chips.peak_flops(run.mesh.devices.flat[0])
     self._peak = peak and peak * run.mesh.size
 
   def hold(self, step: int, metrics: dict) -> None:

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from longnet_jax.analysis import costs
 from longnet_jax.data import pipeline, tokenizers
 from longnet_jax.models import attention, transformer
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.parallel import sharding
 from longnet_jax.training import config as config_lib
-from longnet_jax.training import flops
 from longnet_jax.training import optimizer as optimizer_lib
 from longnet_jax.training import state as state_lib
 from longnet_jax.training import step as step_lib
@@ -146,7 +146,7 @@ def make_tokenizer(
 def flops_per_token(run: Run) -> int:
   """Model FLOPs of one token of a training step, on average."""
   window = run.train_source.window
-  return flops.train_flops(run.config.model, window) // window
+  return costs.train_flops(run.config.model, window) // window
 
 
 def _make_source(config, tokenizer, split):

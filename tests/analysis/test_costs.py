@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from longnet_jax import analysis
+from longnet_jax.analysis import costs
+from longnet_jax.models import config as model_config
 from tests.analysis import oracle
 
 PAPER = ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
@@ -88,3 +90,59 @@ def test_bad_sizes_are_refused():
     analysis.cost(pattern, num_kv_heads=3)
   with pytest.raises(ValueError, match="head_dim is 0"):
     analysis.decode_cache_bytes(pattern, head_dim=0)
+
+
+def _config(**changes):
+  sizes = dict(
+    vocab_size=32,
+    num_layers=3,
+    model_dim=24,
+    num_heads=3,
+    ffn_dim=40,
+    segment_lengths=(8, 10),
+    dilation_rates=(1, 4),
+    sparse_block=8,
+    sparse_summary=2,
+  )
+  return model_config.LongNetConfig(**{**sizes, **changes})
+
+
+def _count(config, length):
+  """Pairs by brute force over a mask for each head and branch."""
+  positions = np.arange(length)
+  query, key = positions[:, None], positions[None]
+  total = 0
+  for head in range(config.num_heads):
+    if config.attention == "dense":
+      total += np.sum(key <= query)
+      continue
+    if config.attention == "sparse":
+      block = config.sparse_block
+      same = query // block == key // block
+      shown = key % block >= block - config.sparse_summary
+      earlier = key // block < query // block
+      total += np.sum((key <= query) & (same | (shown & earlier)))
+      continue
+    for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True):
+      group = -(-config.num_heads // r)
+      phase = {"interleaved": head % r, "blocked": head // group}
+      kept = positions % w % r == phase[config.head_phase]
+      same = query // w == key // w
+      total += np.sum(same & (key <= query) & kept[:, None] & kept[None])
+  return total
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 37])
+@pytest.mark.parametrize("attention", ["dilated", "dense", "sparse"])
+@pytest.mark.parametrize("phase", ["interleaved", "blocked"])
+def test_pairs_are_exact(length, attention, phase):
+  config = _config(attention=attention, head_phase=phase)
+  assert costs.attention_pairs(config, length) == _count(config, length)
+
+
+def test_matrix_products_dominate_a_short_window():
+  config = _config()
+  per_token = 3 * (24 * 24 * 4 + 2 * 24 * 40) + 24 * 32
+  pairs = 3 * costs.attention_pairs(config, 5)
+  expected = 3 * (2 * per_token * 5 + 4 * 8 * pairs)
+  assert costs.train_flops(config, 5) == expected

@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 
 from longnet_jax import analysis
-from longnet_jax.analysis import pattern as pattern_lib
-from longnet_jax.analysis import pictures
+from longnet_jax.analysis import masks, pictures
 
 PATTERN = analysis.Pattern(12, 3, (4, 12), (1, 3))
 DRAWINGS = {
@@ -47,7 +46,7 @@ def test_panels_show_the_masks():
   assert "w = 12, r = 3" in figure.get_suptitle()
   for head, axes in enumerate(figure.axes[:-1]):
     shown = np.any(cells(axes) != cells(axes)[0, -1], axis=-1)
-    mask = pattern_lib.branch_mask(PATTERN, 1, head)
+    mask = masks.branch_mask(PATTERN, 1, head)
     np.testing.assert_array_equal(shown, mask)
     assert axes.get_xlabel() == "key position"
     assert axes.get_ylabel() == "query position"
@@ -55,7 +54,7 @@ def test_panels_show_the_masks():
 
 def test_the_union_shows_counts_and_reach_shows_layers():
   union = analysis.draw_union(PATTERN).axes[0].images[0].get_array()
-  counts = pattern_lib.multiplicity(PATTERN)
+  counts = masks.multiplicity(PATTERN)
   np.testing.assert_array_equal(union.filled(0), counts)
   layers = analysis.draw_reach(PATTERN).axes[0].images[0].get_array()
   for key in range(PATTERN.length):

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longnet_jax.analysis import costs, pattern
+from longnet_jax import pattern
+from longnet_jax.analysis import costs
 from longnet_jax.inference import cache as cache_lib
 from longnet_jax.models import config as config_lib
 

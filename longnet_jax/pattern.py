@@ -1,7 +1,13 @@
-"""Which positions each branch and head of dilated attention reads.
+"""Which positions each branch and head of dilated attention reads, and counts.
 
-Everything else in `longnet_jax.analysis` is counted from these definitions
-(arXiv 2307.02486, equations 4-6 and section 2.3).
+A branch (w, r) cuts positions 0..T-1 into segments of w. Head j keeps of every
+segment the rows whose in-segment position p has p mod r == phase(j, r)
+(eqs. 4-6 and section 2.3 of arXiv 2307.02486); the m-th of them is
+
+    position(n, j, m) = n w + phase(j, r) + r m,    0 <= m < ceil(w / r).
+
+Attention, caches and costs all follow from these definitions. NumPy is all they
+need.
 """
 
 from collections.abc import Iterable
@@ -61,8 +67,7 @@ class Pattern:
   @property
   def num_pairs(self) -> int:
     """(Query, key) pairs that dense attention would score for one head."""
-    n = self.length
-    return n * (n + 1) // 2 if self.is_causal else n * n
+    return _pairs(self.length, self.is_causal)
 
 
 def as_int(name: str, value: int) -> int:
@@ -127,18 +132,31 @@ def from_config(config, length: int, *, is_causal: bool = True) -> Pattern:
   )
 
 
+def phases(num_heads: int, rate: int, head_phase: str) -> np.ndarray:
+  """Returns each head's phase, (N,) ints in [0, rate).
+
+  `interleaved`: j mod r, the paper's. `blocked`: j // ceil(N / r), that of
+  torchscale and every released checkpoint.
+  """
+  heads = np.arange(num_heads)
+  if head_phase == "interleaved":
+    return heads % rate
+  return heads // -(-num_heads // rate)
+
+
+def max_kept(segment_length: int, rate: int) -> int:
+  """Returns ceil(w / r), the most rows a head keeps of one segment."""
+  return -(-segment_length // rate)
+
+
 def phase(pattern: Pattern, rate: int, head: int) -> int:
   """Returns which in-segment residue, modulo `rate`, a head keeps."""
-  if pattern.head_phase == "interleaved":
-    return head % rate
-  return head // -(-pattern.num_heads // rate)
+  return int(phases(pattern.num_heads, rate, pattern.head_phase)[head])
 
 
 def num_phases(pattern: Pattern, rate: int) -> int:
   """Returns P: the phases that some head reads are 0 .. P - 1."""
-  return 1 + max(
-    phase(pattern, rate, head) for head in range(pattern.num_heads)
-  )
+  return 1 + int(phases(pattern.num_heads, rate, pattern.head_phase).max())
 
 
 def gaps(pattern: Pattern) -> tuple[range, ...]:
@@ -175,23 +193,44 @@ def kept_rows(pattern: Pattern, branch: int, head: int) -> np.ndarray:
   return position[residue == phase(pattern, rate, head)]
 
 
-def branch_mask(pattern: Pattern, branch: int, head: int) -> np.ndarray:
-  """Returns the (N, N) booleans [query, key] that one head reads, small N."""
-  width, _ = pattern.branches[branch]
-  rows = kept_rows(pattern, branch, head)
-  segment = np.full(pattern.length, -1)
-  segment[rows] = rows // width
-  mask = (segment[:, None] == segment[None, :]) & (segment[:, None] >= 0)
-  return np.tril(mask) if pattern.is_causal else mask
+def count_pairs(pattern: Pattern, branch: int, head: int) -> int:
+  """Returns the (query, key) pairs that one head scores in one branch."""
+  width, rate = pattern.branches[branch]
+  offset = phase(pattern, rate, head)
+  total = 0
+  for rows, how_many in segments(pattern.length, width):
+    kept = kept_per_segment(rows, rate, offset)
+    total += how_many * _pairs(kept, pattern.is_causal)
+  return total
 
 
-def multiplicity(pattern: Pattern) -> np.ndarray:
-  """Returns how many (branch, head) read each [query, key]: (N, N), small N."""
+def total_pairs(pattern: Pattern) -> int:
+  """Returns the (query, key) pairs scored over all branches and heads."""
   return sum(
-    branch_mask(pattern, branch, head).astype(int)
+    count_pairs(pattern, branch, head)
     for branch in range(len(pattern.branches))
     for head in range(pattern.num_heads)
   )
+
+
+def count_rows(pattern: Pattern, branch: int, offset: int) -> int:
+  """Returns the positions of one phase in one branch."""
+  width, rate = pattern.branches[branch]
+  return sum(
+    how_many * kept_per_segment(rows, rate, offset)
+    for rows, how_many in segments(pattern.length, width)
+  )
+
+
+def sparse_pairs(length: int, block: int, summary: int) -> int:
+  """Returns the causal pairs that a head of a Sparse Transformer scores.
+
+  Those inside blocks, and of each row with the last `summary` columns of all
+  earlier blocks.
+  """
+  whole, rest = divmod(length, block)
+  inside = whole * _pairs(block, True) + _pairs(rest, True)
+  return inside + summary * (block * _pairs(whole - 1, True) + rest * whole)
 
 
 def num_unread(pattern: Pattern) -> int:
@@ -211,3 +250,8 @@ def num_unread(pattern: Pattern) -> int:
       kept |= position % width % rate < phases
     unread += int(np.count_nonzero(~kept))
   return unread
+
+
+def _pairs(rows, is_causal):
+  """Returns the pairs among rows that all see one another, or their past."""
+  return rows * (rows + 1) // 2 if is_causal else rows * rows
