@@ -12,9 +12,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import benchmark_decode, command
-from longnet_jax import speed
-from longnet_jax.analysis import speed_pictures
+from experiments import attention_speed, command, decode_speed, hardware
 
 _LENGTHS = flags.DEFINE_list(
   "lengths", ["2048", "4096", "8192", "16384", "32768"], "lengths in tokens"
@@ -23,7 +21,7 @@ _MODE = flags.DEFINE_enum(
   "mode", "attention", ["attention", "decode"], "what is measured"
 )
 _PASSES = flags.DEFINE_list(
-  "passes", list(speed.MODES), "of --mode=attention: which are timed"
+  "passes", list(attention_speed.MODES), "of --mode=attention: which are timed"
 )
 _LAYERS = flags.DEFINE_integer("layers", 4, "layers of --mode=decode")
 _HEADS = flags.DEFINE_integer("heads", 12, "attention heads")
@@ -52,7 +50,7 @@ _NAME = flags.DEFINE_string(
 
 def main(_) -> None:
   """Sweeps, prints a table, writes JSON and a picture."""
-  setting = speed.Setting(
+  setting = attention_speed.Setting(
     _HEADS.value,
     _HEAD_DIM.value,
     _ints("segment_lengths", _SEGMENTS.value),
@@ -63,12 +61,14 @@ def main(_) -> None:
   )
   lengths = sorted(set(_ints("lengths", _LENGTHS.value)))
   for mode in _PASSES.value:
-    if mode not in speed.MODES:
-      raise ValueError(f"--passes holds {mode!r}; use some of {speed.MODES}")
+    if mode not in attention_speed.MODES:
+      raise ValueError(
+        f"--passes holds {mode!r}; use some of {attention_speed.MODES}"
+      )
   out = pathlib.Path(_OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   if _MODE.value == "decode":
-    benchmark_decode.run(
+    decode_speed.run(
       setting,
       lengths,
       num_layers=_LAYERS.value,
@@ -79,16 +79,16 @@ def main(_) -> None:
   records = [
     r for mode in _PASSES.value for r in _sweep(setting, lengths, mode)
   ]
-  hardware = speed.hardware()
-  stem = out / f"{_NAME.value}_{hardware['backend']}"
+  measured_on = hardware.describe()
+  stem = out / f"{_NAME.value}_{measured_on['backend']}"
   document = {
     "command": command.line(),
-    "hardware": hardware,
+    "hardware": measured_on,
     "setting": vars(setting),
     "records": records,
   }
   stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-  speed_pictures.draw_speed(document, stem.with_suffix(".png"))
+  attention_speed.draw(document, stem.with_suffix(".png"))
   print(f"wrote {stem}.json and {stem}.png")
 
 
@@ -100,11 +100,11 @@ def _sweep(setting, lengths, mode):
     f"{'length':>9}  {'core':<17}{'seconds':>9}{'us/token':>10}"
     f"{'GFLOP/s':>9}{'of matmul':>11}{'of peak':>9}{'temp KB/token':>15}"
   )
-  cores = speed.cores(setting, 1) if _DENSE.value else ("LongNet",)
+  cores = attention_speed.cores(setting, 1) if _DENSE.value else ("LongNet",)
   records, expected = [], dict.fromkeys(cores, 0.0)
   for length in lengths:
     names = [n for n, s in expected.items() if s <= _MAX_SECONDS.value]
-    for record in speed.measure(
+    for record in attention_speed.measure(
       setting, length, names=names, mode=mode, repeats=_REPEATS.value
     ):
       print(_line(record, setting.batch), flush=True)

@@ -21,8 +21,7 @@ from absl import flags
 import jax
 from jax.experimental import topologies
 
-from experiments import command
-from longnet_jax import communication, equality, speed
+from experiments import command, communication, equality, hardware
 from longnet_jax.parallel import mesh as mesh_lib
 
 _OUTPUT = flags.DEFINE_string(
@@ -58,7 +57,11 @@ def main(_) -> None:
     output = f"docs/parallel_{name.partition(':')[0]}.json"
   else:
     output, found = "docs/parallel.json", _fake_devices()
-  record = {"command": command.line(), "hardware": speed.hardware(), **found}
+  record = {
+    "command": command.line(),
+    "hardware": hardware.describe(),
+    **found,
+  }
   output = pathlib.Path(_OUTPUT.value or output)
   output.write_text(json.dumps(record, indent=1) + "\n")
   print(f"wrote {output}")

@@ -13,8 +13,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import command
-from longnet_jax import comparison, speed
+from experiments import baselines, command, hardware
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import loop
 
@@ -31,20 +30,20 @@ def main(_) -> int:
   folder = pathlib.Path(_WORKDIR.value)
   config = config_lib.build(_CONFIG.value)
   models = {}
-  for core, variant in comparison.variants(config).items():
+  for core, variant in baselines.variants(config).items():
     print(f"{folder / core}:", flush=True)
     result = loop.train(variant, folder / core)
     if result.signal:
       return 128 + result.signal
-    models[core] = comparison.record(folder / core, result)
-  made = comparison.write(
+    models[core] = baselines.record(folder / core, result)
+  made = baselines.write(
     folder,
     models,
     command=command.line(),
-    hardware=speed.hardware(),
+    hardware=hardware.describe(),
     steps=config.training.steps,
   )
-  print(comparison.table(made))
+  print(baselines.table(made))
   print(f"wrote {folder / 'comparison.json'} and {folder / 'comparison.png'}")
   return 0
 

@@ -18,8 +18,7 @@ from absl import flags
 import jax
 import numpy as np
 
-from experiments import command
-from longnet_jax import speed
+from experiments import command, hardware
 from longnet_jax.interop import gigapath
 from longnet_jax.models import slide_encoder, slides
 from longnet_jax.training import checkpoint
@@ -56,7 +55,7 @@ def main(_) -> None:
     )
   record = {
     "command": command.line(),
-    "hardware": speed.hardware(),
+    "hardware": hardware.describe(),
     **record,
   }
   if _OUT.value:

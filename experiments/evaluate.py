@@ -10,8 +10,8 @@ import pathlib
 
 from absl import flags
 
-from experiments import command
-from longnet_jax import evaluate, speed
+from experiments import command, hardware
+from longnet_jax import evaluate
 from longnet_jax.data import config as data_config
 from longnet_jax.data import tokenizers
 from longnet_jax.training import checkpoint, curves, metrics
@@ -77,7 +77,7 @@ def evaluate_workdir(workdir: pathlib.Path, lengths: list[int]) -> dict:
     attention=model.attention,
     trained_window=config.data.window,
     command=command.line(),
-    hardware=speed.hardware(),
+    hardware=hardware.describe(),
   )
 
 

@@ -12,9 +12,15 @@ import re
 
 from absl import flags
 
-from experiments import command, parallel_tables, tables
-from longnet_jax import comparison, decode_speed
-from longnet_jax.analysis import pictures, speed_pictures
+from experiments import (
+  attention_speed,
+  baselines,
+  command,
+  decode_speed,
+  parallel_tables,
+  tables,
+)
+from longnet_jax.analysis import pictures
 
 _CHECK = flags.DEFINE_bool("check", False, "only compare the tables")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -52,10 +58,10 @@ def main(_) -> None:
   if _CHECK.value:
     return
   pictures.draw_overview(DOCS / "pattern.png")
-  speed_pictures.draw_speed(_read("benchmark_cpu"), DOCS / "benchmark_cpu.png")
+  attention_speed.draw(_read("benchmark_cpu"), DOCS / "benchmark_cpu.png")
   decode = _read("decode_cpu")
   decode_speed.draw(decode["records"], DOCS / "decode_cpu.png", decode["title"])
-  comparison.draw(_read("comparison"), DOCS / "comparison.png")
+  baselines.draw(_read("comparison"), DOCS / "comparison.png")
   names = ", ".join(path.name for path in pages())
   print(f"wrote {names} and the pictures in {DOCS}")
 

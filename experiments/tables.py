@@ -1,6 +1,6 @@
 """Tables of the README from docs/*.json: lists of (head, rows), cells text."""
 
-from longnet_jax import comparison as comparison_lib
+from experiments import baselines
 
 
 def quickstart(record: dict) -> list[tuple]:
@@ -17,7 +17,7 @@ def comparison(record: dict) -> list[tuple]:
   """Returns what models that differ in their attention have learned."""
   rows = [
     (
-      comparison_lib.LABELS[core],
+      baselines.LABELS[core],
       f"{model['parameters']:,}",
       f"{model['validation_bits_per_byte']:.3f}",
     )
@@ -52,7 +52,7 @@ def benchmark(record: dict) -> list[tuple]:
 def decoding(record: dict) -> list[tuple]:
   """Returns a step's time and the cache's bytes, core beside core."""
   found = {(r["context"], r["core"]): r for r in record["records"]}
-  cores = comparison_lib.LABELS
+  cores = baselines.LABELS
   rows = []
   for context in sorted({context for context, _ in found}):
     records = [found[context, core] for core in cores]

@@ -6,8 +6,8 @@ from absl import flags
 from absl.testing import flagsaver
 import pytest
 
-from experiments import benchmark
-from longnet_jax import analysis, speed
+from experiments import attention_speed, benchmark
+from longnet_jax import analysis
 
 SMALL = {
   "lengths": ["32", "64"],
@@ -52,7 +52,7 @@ def test_a_core_stops_where_a_run_would_take_too_long(tmp_path, capsys):
 
 
 def test_a_core_stops_where_memory_ends(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(speed, "_free_bytes", lambda: 1000)
+  monkeypatch.setattr(attention_speed, "_free_bytes", lambda: 1000)
   document = run(tmp_path, passes=["forward"])
   assert all("needs" in r["skipped"] for r in document["records"])
   assert "stops here: needs" in capsys.readouterr().out

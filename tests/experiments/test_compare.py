@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from longnet_jax import comparison
+from experiments import baselines
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 FEW = (
@@ -39,7 +39,7 @@ def test_three_runs_make_one_record(config_file, tmp_path):
   assert "step 2/2" in first.stdout
   record = json.loads((tmp_path / "comparison.json").read_text())
   models = record["models"]
-  assert set(models) == set(comparison.LABELS)
+  assert set(models) == set(baselines.LABELS)
   assert "--config.model.sparse_block=8" in record["command"]
   assert [r["step"] for r in models["sparse"]["curves"]] == [1, 2]
   ends = [m["validation_bits_per_byte"] for m in models.values()]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from longnet_jax import equality
+from experiments import equality
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.parallel import sharding
 

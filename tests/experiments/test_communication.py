@@ -3,7 +3,7 @@
 import jax
 from jax import numpy as jnp
 
-from longnet_jax import communication
+from experiments import communication
 from longnet_jax.ops import problem, windows
 
 

@@ -11,7 +11,9 @@ that LongNet has, as all of its segments are full.
 from collections.abc import Sequence
 import dataclasses
 import functools
+import json
 import os
+import pathlib
 import statistics
 import time
 
@@ -19,17 +21,69 @@ import jax
 from jax import numpy as jnp
 from matplotlib import figure as mpl_figure
 
+from experiments import attention_speed, command, hardware
 from longnet_jax.inference import cache as cache_lib
 from longnet_jax.inference import decode
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import transformer
 
+_VOCAB_SIZE = 264  # of bytes
 # Name, colour and marker of each core.
 _STYLES = {
   "dilated": ("LongNet", "#d55e00", "o"),
   "dense": ("dense", "#0072b2", "s"),
   "sparse": ("Sparse Transformer", "#009e73", "^"),
 }
+
+
+def run(
+  setting: attention_speed.Setting,
+  contexts: Sequence[int],
+  *,
+  num_layers: int,
+  repeats: int,
+  out: pathlib.Path,
+) -> None:
+  """Measures, prints a table and writes decode_BACKEND.json and .png to `out`.
+
+  The model has the setting's heads and branches, RoPE, and a feed-forward
+  network four times as wide as the heads together.
+  """
+  width = setting.num_heads * setting.head_dim
+  config = config_lib.LongNetConfig(
+    vocab_size=_VOCAB_SIZE,
+    num_layers=num_layers,
+    model_dim=width,
+    num_heads=setting.num_heads,
+    ffn_dim=4 * width,
+    segment_lengths=setting.segment_lengths,
+    dilation_rates=setting.dilation_rates,
+    position="rope",
+    dtype=setting.dtype,
+  )
+  title = (
+    f"decoding, {num_layers} layers, {setting.num_heads} heads of"
+    f" {setting.head_dim}, {setting.dtype}, {setting.batch} at once"
+  )
+  print(f"\n{title}\n{'context':>10}  {'core':<9}{'ms/step':>10}", end="")
+  print(f"{'tokens/s':>10}{'cache MiB':>12}")
+  records = []
+  for context in contexts:
+    found = measure(config, [context], batch=setting.batch, repeats=repeats)
+    print("\n".join(map(_line, found)), flush=True)
+    records += found
+  measured_on = hardware.describe()
+  stem = out / f"decode_{measured_on['backend']}"
+  document = {
+    "command": command.line(),
+    "hardware": measured_on,
+    "title": title,
+    "setting": vars(setting) | {"num_layers": num_layers},
+    "records": records,
+  }
+  stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+  draw(records, stem.with_suffix(".png"), title)
+  print(f"wrote {stem}.json and {stem}.png")
 
 
 def measure(
@@ -126,6 +180,17 @@ def _measure_one(config, params, context, batch, repeats, max_cache_bytes):
       seconds = statistics.median(times[record["core"]])
       record.update(seconds=seconds, tokens_per_second=batch / seconds)
   return records
+
+
+def _line(record):
+  start = f"{record['context']:>10}  {record['core']:<9}"
+  mebibytes = f"{record['cache_bytes'] / 2**20:>12.1f}"
+  if "skipped" in record:
+    return f"{start}{'-':>10}{'-':>10}{mebibytes}  {record['skipped']}"
+  return (
+    f"{start}{1e3 * record['seconds']:>10.2f}"
+    f"{record['tokens_per_second']:>10.1f}{mebibytes}"
+  )
 
 
 @dataclasses.dataclass

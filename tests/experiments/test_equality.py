@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from longnet_jax import equality
+from experiments import equality
 from longnet_jax.parallel import mesh as mesh_lib
 
 

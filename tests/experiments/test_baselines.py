@@ -3,7 +3,7 @@ import json
 import pytest
 
 from configs import base
-from longnet_jax import comparison
+from experiments import baselines
 from longnet_jax.training import config as config_lib
 
 
@@ -24,35 +24,35 @@ def _models(**data):
         {"step": 2, "loss": 2.0, "validation_bits_per_byte": 2.5},
       ],
     }
-    for core in comparison.LABELS
+    for core in baselines.LABELS
   }
 
 
 def test_the_three_differ_in_their_core_alone():
-  configs = comparison.variants(_config())
+  configs = baselines.variants(_config())
   assert [c.model.attention for c in configs.values()] == list(configs)
   assert list(configs) == ["dilated", "dense", "sparse"]
-  counts = {comparison.num_parameters(c) for c in configs.values()}
+  counts = {baselines.num_parameters(c) for c in configs.values()}
   assert len(counts) == 1 and counts.pop() > 10_000
   assert len({repr(c.data) for c in configs.values()}) == 1
 
 
 def test_other_parameters_are_refused(monkeypatch):
   counts = iter((1, 1, 2))
-  monkeypatch.setattr(comparison, "num_parameters", lambda _: next(counts))
+  monkeypatch.setattr(baselines, "num_parameters", lambda _: next(counts))
   with pytest.raises(ValueError, match="'sparse': 2"):
-    comparison.variants(_config())
+    baselines.variants(_config())
 
 
 def test_json_table_and_picture(tmp_path):
-  made = comparison.write(tmp_path, _models(), command="c")
+  made = baselines.write(tmp_path, _models(), command="c")
   assert json.loads((tmp_path / "comparison.json").read_text()) == made
   assert made["command"] == "c"
-  assert len(comparison.table(made).splitlines()) == 4
+  assert len(baselines.table(made).splitlines()) == 4
   assert (tmp_path / "comparison.png").stat().st_size > 5000
 
 
 def test_other_data_is_refused_and_nothing_written(tmp_path):
   with pytest.raises(ValueError, match="different data"):
-    comparison.write(tmp_path, _models(dense={"train": "cd"}))
+    baselines.write(tmp_path, _models(dense={"train": "cd"}))
   assert not list(tmp_path.iterdir())
