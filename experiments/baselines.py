@@ -7,7 +7,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from longnet_jax.models import transformer
+from longnet_jax.models import sizes, transformer
 from longnet_jax.training import checkpoint, curves, loop, metrics
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import state as state_lib
@@ -22,13 +22,18 @@ def variants(
 ) -> dict[str, config_lib.ExperimentConfig]:
   """The same experiment with each attention core, and nothing else changed.
 
-  Raises ValueError unless the models have the same number of parameters.
+  The sparse model's summary columns are those that give it the FLOPs of
+  LongNet, see `sizes.sparse_twin`. Raises ValueError where none do, or where
+  the models differ in their number of parameters.
   """
+  models = {
+    "dilated": dataclasses.replace(config.model, attention="dilated"),
+    "dense": dataclasses.replace(config.model, attention="dense"),
+    "sparse": sizes.sparse_twin(config.model, config.data.window),
+  }
   configs = {
-    core: dataclasses.replace(
-      config, model=dataclasses.replace(config.model, attention=core)
-    )
-    for core in LABELS
+    core: dataclasses.replace(config, model=model)
+    for core, model in models.items()
   }
   counts = {core: num_parameters(each) for core, each in configs.items()}
   if len(set(counts.values())) != 1:

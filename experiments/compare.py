@@ -3,7 +3,8 @@
 With --config=FILE and --workdir=DIR it trains one config three times, into
 DIR/dilated, DIR/dense and DIR/sparse, changing nothing but model.attention:
 the three have the same number of parameters and read the same windows in the
-same order. Started again it goes on where it was, as experiments.train does.
+same order. The sparse one gets the summary columns that give it the FLOPs of
+LongNet. Started again it goes on where it was, as experiments.train does.
 It prints a table and writes comparison.json and comparison.png into DIR.
 
 Exit codes are those of experiments.train.

@@ -1,25 +1,12 @@
 """Bits per byte of a byte-trigram model: what a trained model must beat."""
 
 from collections.abc import Iterator
-import dataclasses
 
 import numpy as np
-
-from longnet_jax.data import config as config_lib
-from longnet_jax.data import corpus, tokenizers
 
 _SYMBOLS = 257  # bytes and the separator
 _SEPARATOR = 256
 _CHUNK = 2**24
-
-
-def trigram_baseline(config: config_lib.DataConfig) -> float:
-  """Bits per byte on the validation split after a fit on the training split."""
-  config = dataclasses.replace(config, tokenizer="bytes")
-  tokenizer = tokenizers.ByteTokenizer()
-  train = corpus.open_corpus(config, tokenizer, "train")
-  validation = corpus.open_corpus(config, tokenizer, "validation")
-  return bits_per_byte(train.tokens, validation.tokens)
 
 
 def bits_per_byte(train: np.ndarray, validation: np.ndarray) -> float:

@@ -3,8 +3,8 @@
 import dataclasses
 import types
 
+from longnet_jax import pattern
 from longnet_jax.models import config as config_lib
-from longnet_jax.ops import sparse_attention
 
 
 def _size(num_layers, model_dim, num_heads):
@@ -42,18 +42,30 @@ def sparse_twin(
   """Returns the Sparse Transformer with the FLOPs of a LongNet at `length`.
 
   The block stays `config.sparse_block`; the summary columns are chosen so that
-  a causal row sees as many keys as the branches show it, sum(w / r^2) / 2.
+  its heads score as many causal pairs as the branches do, to half a column.
+
+  Raises:
+    ValueError: no number of columns, from 1 to the block, does.
   """
-  keys_per_row = sum(
-    min(segment, length) / (2 * rate**2)
-    for segment, rate in zip(
-      config.segment_lengths, config.dilation_rates, strict=True
+  longnet = dataclasses.replace(config, attention="dilated")
+  pairs = pattern.total_pairs(pattern.from_config(longnet, length))
+  wanted, block = pairs / config.num_heads, config.sparse_block
+  local = pattern.sparse_pairs(length, block, 0)
+  column = pattern.sparse_pairs(length, block, 1) - local
+  columns = round((wanted - local) / column) if column else 0
+  if columns > block:
+    raise ValueError(
+      f"the branches score {wanted:,.0f} pairs a head at {length:,} positions, "
+      "more than dense attention: no sparse_summary gives as many; use sparser"
+      " branches"
     )
-  )
-  summary = sparse_attention.summary_columns(
-    keys_per_row, length=length, block=config.sparse_block
-  )
-  return dataclasses.replace(config, attention="sparse", sparse_summary=summary)
+  if columns < 1:
+    raise ValueError(
+      f"sparse_block={block} alone scores {local:,} pairs a head at {length:,} "
+      f"positions, the branches {wanted:,.0f}: no sparse_summary gives as few; "
+      "use a shorter sparse_block"
+    )
+  return dataclasses.replace(config, attention="sparse", sparse_summary=columns)
 
 
 def geometric_branches(length: int, *, segment: int = 2048, factor: int = 4):

@@ -69,20 +69,6 @@ def sparse_attention(
   return jax.vmap(attend)(query, key, value, segment_ids, keys)
 
 
-def summary_columns(keys_per_row: float, *, length: int, block: int) -> int:
-  """Returns the summary that makes causal rows see `keys_per_row` keys at mean.
-
-  A causal row sees half its block and the summaries of half the other blocks;
-  dilated attention shows it half of sum(w / r^2), so FLOPs are equal for
-  keys_per_row = sum(w / r^2) / 2. At least 1, at most the block.
-  """
-  others = (math.ceil(length / block) - 1) / 2
-  if not others:
-    return 1
-  summary = round((keys_per_row - block / 2) / others)
-  return min(max(summary, 1), block)
-
-
 def _attend_example(
   query,
   key,

@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 
-from longnet_jax.data import config as config_lib
 from longnet_jax.data import ngram
 
 _SEPARATOR = 256
@@ -58,17 +57,3 @@ def test_equals_the_slow_model(monkeypatch, chunk):
   np.testing.assert_allclose(
     actual, _slow_bits_per_byte(train, validation), rtol=1e-12
   )
-
-
-def test_the_baseline_reads_code_better_than_chance(tmp_path):
-  folder = tmp_path / "src"
-  folder.mkdir()
-  for i in range(30):
-    (folder / f"m{i}.py").write_text(f"def f{i}(x):\n  return x + {i}\n" * 5)
-  config = config_lib.DataConfig(
-    folder=str(folder),
-    data_dir=str(tmp_path / "data"),
-    validation_fraction=0.3,
-    tokenizer="bpe",
-  )
-  assert 0 < ngram.trigram_baseline(config) < 3

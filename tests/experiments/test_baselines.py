@@ -4,6 +4,7 @@ import pytest
 
 from configs import base
 from experiments import baselines
+from longnet_jax.analysis import costs
 from longnet_jax.training import config as config_lib
 
 
@@ -35,6 +36,17 @@ def test_the_three_differ_in_their_core_alone():
   counts = {baselines.num_parameters(c) for c in configs.values()}
   assert len(counts) == 1 and counts.pop() > 10_000
   assert len({repr(c.data) for c in configs.values()}) == 1
+
+
+def test_sparse_has_the_flops_of_longnet():
+  config = _config()
+  flops = {
+    core: costs.train_flops(each.model, config.data.window)
+    for core, each in baselines.variants(config).items()
+  }
+  # The core is most of so narrow a model, and one column of its keys is little.
+  assert flops["sparse"] == pytest.approx(flops["dilated"], rel=2e-3)
+  assert flops["dense"] > 3 * flops["dilated"]
 
 
 def test_other_parameters_are_refused(monkeypatch):

@@ -16,7 +16,6 @@ FEW = (
   "--config.training.batch_size=2",
   "--config.optimizer.warmup_steps=1",
   "--config.model.sparse_block=8",
-  "--config.model.sparse_summary=2",
 )
 
 

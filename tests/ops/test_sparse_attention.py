@@ -153,15 +153,6 @@ def test_bfloat16_in_is_bfloat16_out_with_a_float32_softmax():
   np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.02)
 
 
-@pytest.mark.parametrize("length, block", [(32_768, 2048), (16_384, 512)])
-def test_summary_columns_meet_the_wanted_number_of_keys(length, block):
-  wanted = 2133
-  summary = sparse_attention.summary_columns(wanted, length=length, block=block)
-  blocks = length // block
-  mean = (block + 1) / 2 + summary * (blocks - 1) / 2
-  assert abs(mean - wanted) < blocks
-
-
 @pytest.mark.parametrize(
   "options, message",
   [
