@@ -7,47 +7,9 @@ Every attention here returns `(out, lse)`. A row that sees no key has out = 0,
 lse = -inf and no gradient.
 """
 
-from typing import NamedTuple
-
 import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
-
-# Ids that no document has: a key nobody sees, a query that sees nothing.
-HIDDEN_KEY = -(2**31)
-HIDDEN_QUERY = HIDDEN_KEY + 1
-
-
-class Rows(NamedTuple):
-  """What a mask needs to know of M query or key rows; None means "the same".
-
-  ids: a query sees the keys of its own id only.
-  positions: under causal attention a query sees keys up to its own position.
-  hashes: random bits that decide, pair by pair, what dropout removes.
-  segments: a query sees the keys of its own segment only.
-  small: queries whose scores are so small that softmax needs no maximum.
-  """
-
-  ids: Int[Array, " M"] | None = None
-  positions: Int[Array, " M"] | None = None
-  hashes: UInt32[Array, " M"] | None = None
-  segments: Int[Array, " M"] | None = None
-  small: Bool[Array, " M"] | None = None
-
-
-def visible(query_rows: Rows, key_rows: Rows) -> Bool[Array, "M n"] | None:
-  """Returns which keys each query sees, or None if all of them."""
-  mask = None
-  if query_rows.ids is not None:
-    mask = query_rows.ids[:, None] == key_rows.ids[None, :]
-  if query_rows.positions is not None:
-    past = query_rows.positions[:, None] >= key_rows.positions[None, :]
-    mask = past if mask is None else mask & past
-  if query_rows.segments is not None:
-    same = query_rows.segments[:, None] == key_rows.segments[None, :]
-    mask = same if mask is None else mask & same
-  return mask
-
 
 def row_bits(
   seed: UInt32[Array, ""], *coordinates: Int[Array, "..."] | int
@@ -68,14 +30,16 @@ def _mix_bits(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 
 
 def dropout_factor(
-  query_rows: Rows, key_rows: Rows, rate: float
-) -> Float[Array, "M n"]:
+  query_bits: UInt32[Array, "*rest M"],
+  key_bits: UInt32[Array, "*rest n"],
+  rate: float,
+) -> Float[Array, "*rest M n"]:
   """Returns 0 for a dropped pair, 1 / (1 - rate) for a kept one.
 
   The choice is a hash of the two rows, not a stream of random numbers: it is
   the same whatever block, order or device computes the pair.
   """
-  bits = _mix_bits(query_rows.hashes[:, None] ^ key_rows.hashes[None, :])
+  bits = _mix_bits(query_bits[..., :, None] ^ key_bits[..., None, :])
   kept = bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
   return kept.astype(jnp.float32) / (1.0 - rate)
 

@@ -13,25 +13,27 @@ from collections.abc import Callable, Sequence
 
 import jax
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
-from longnet_jax.ops import mixture, reference, sharded
-from longnet_jax.ops import settings as settings_lib
-
-IMPLEMENTATIONS = ("reference", "xla")
+from longnet_jax.ops import arguments, mixture, reference, sharded
 
 
 def dilated_attention(
-  query: Float[Array, "B T N H"],
-  key: Float[Array, "B T K H"],
-  value: Float[Array, "B T K H"],
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
+  bias: None = None,
+  mask: None = None,
   *,
   segment_lengths: Sequence[int],
   dilation_rates: Sequence[int],
   is_causal: bool = False,
   scale: float | None = None,
-  key_value_seq_lengths: Int[Array, " B"] | None = None,
-  segment_ids: Int[Array, "B T"] | None = None,
+  query_seq_lengths: None = None,
+  key_value_seq_lengths: ArrayLike | None = None,
+  local_window_size: None = None,
+  segment_ids: ArrayLike | None = None,
   head_phase: str = "interleaved",
   padding: str = "mask",
   mixing_gradient: bool = True,
@@ -40,7 +42,7 @@ def dilated_attention(
   axis_name: str | sharded.Layout | None = None,
   implementation: str | None = None,
   return_residual: bool = False,
-) -> Float[Array, "B T N H"] | tuple[Array, Float[Array, "B T N"]]:
+) -> Float[Array, "*B T N H"] | tuple[Array, Float[Array, "*B T N"]]:
   """Attends as LongNet does; a drop-in for `jax.nn.dot_product_attention`.
 
   With lse_i the logsumexp of branch i (w_i, r_i) at a row and head,
@@ -50,19 +52,25 @@ def dilated_attention(
   the segment lengths or T if that is less, whatever the number of branches.
 
   Args:
-    query: (B, T, N, H): batch, length, heads, head width; any float type.
+    query: (B, T, N, H), or (T, N, H): batch, length, heads, head width; any
+      float type.
     key: (B, T, K, H); K divides N, and each key head serves N / K query heads.
     value: (B, T, K, H).
+    bias: None, as all that `jax.nn.dot_product_attention` takes and dilated
+      attention cannot honour: mask, query_seq_lengths, local_window_size.
+    mask: None.
     segment_lengths: (w_1, ..., w_n), in positions; longer than T means T.
     dilation_rates: (r_1, ..., r_n), each at most its segment length. Neither
       need T be a multiple of w nor w of r.
     is_causal: whether a row sees only rows up to itself.
     scale: multiplies the scores; 1 / sqrt(H) by default. A traced one
       multiplies the query, in its type, and has a gradient.
+    query_seq_lengths: None.
     key_value_seq_lengths: (B,), keys at or past the length are not attended;
       they may be anything, NaN as well.
+    local_window_size: None.
     segment_ids: (B, T), rows attend to rows of the same id only (packed
-      documents); any ints but -2^31 and -2^31 + 1, which mark what is hidden.
+      documents); any ints, of 64 bits too.
     head_phase: "interleaved" (head j keeps rows j mod r, the paper) or
       "blocked" (j // ceil(N / r), torchscale and the released weights).
     padding: "mask" (ragged ends hide) or "zeros" (torchscale's: they are zero
@@ -89,11 +97,23 @@ def dilated_attention(
 
   Source: arXiv 2307.02486, section 2.
   """
-  query, key, value = map(jnp.asarray, (query, key, value))
-  settings_lib.check_shapes(query, key, value)
-  query, scale = settings_lib.fold_scale(query, scale)
-  settings = settings_lib.make_settings(
-    query.shape[-1],
+  arguments.refuse_masks(
+    bias=bias,
+    mask=mask,
+    query_seq_lengths=query_seq_lengths,
+    local_window_size=local_window_size,
+  )
+  tensors = [jnp.asarray(x) for x in (query, key, value)]
+  single = all(x.ndim == 3 for x in tensors)
+  if single:
+    tensors = [x[None] for x in tensors]
+    key_value_seq_lengths, segment_ids = arguments.of_one_example(
+      key_value_seq_lengths, segment_ids
+    )
+  arguments.check_tensors(*tensors)
+  tensors[0], scale = arguments.fold_scale(tensors[0], scale)
+  settings = arguments.make_settings(
+    tensors[0].shape[-1],
     segment_lengths=segment_lengths,
     dilation_rates=dilation_rates,
     is_causal=is_causal,
@@ -103,32 +123,20 @@ def dilated_attention(
     mixing_gradient=mixing_gradient,
     dropout_rate=dropout_rate,
   )
-  lengths, segment_ids = settings_lib.check_masks(
-    query, settings, key_value_seq_lengths, segment_ids, dropout_key
+  inputs = arguments.make_inputs(
+    tensors, settings, key_value_seq_lengths, segment_ids, dropout_key
   )
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise ValueError(
-      f"implementation is {implementation!r}; use None or one of "
-      f"{IMPLEMENTATIONS}"
-    )
-  if axis_name is not None and implementation == "reference":
-    raise ValueError(
-      "implementation='reference' cannot be combined with axis_name; use None"
-    )
-  seed = None
-  if settings.dropout_rate:
-    seed = jax.random.bits(dropout_key, dtype=jnp.uint32)
-  inputs = query, key, value, lengths, segment_ids, seed
-  if axis_name is not None:
-    layout = axis_name
-    if not isinstance(layout, sharded.Layout):
-      layout = sharded.Layout(axis_name)
-    out, lse = sharded.attend(settings, layout, inputs)
-  elif implementation == "reference":
-    out, lse = reference.attend(settings, *inputs)
+  arguments.check_implementation(implementation, axis_name)
+  if implementation == "reference":
+    out, lse = reference.attend(settings, inputs)
+    out = out.astype(tensors[0].dtype)
   else:
-    out, lse = mixture.attend(settings, *inputs)
-  out = out.astype(query.dtype)
+    layout = sharded.make_layout(axis_name)
+    out, lse = mixture.attend(
+      settings, layout, inputs, return_residual=return_residual
+    )
+  if single:
+    out, lse = out[0], None if lse is None else lse[0]
   return (out, lse) if return_residual else out
 
 

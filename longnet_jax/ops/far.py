@@ -1,164 +1,260 @@
-"""Far branches: those whose segments lie on several devices. All static.
+"""One far branch on one device: its own queries, keys of all who share.
 
-Rows of one phase are numbered over the whole sequence, `ordinal`, so that the
-rows that a shard keeps are a range, whether or not segments, rates and shards
-divide one another.
+A causal far branch is a near one plus the past: the device's own rows, square
+and causal, and the rows of the devices before it, a rectangle whose keys are a
+prefix of what was gathered. Rows are listed in the order of their positions, a
+list for each head. Where segments do not begin at shards, a shard is cut into
+pieces that lie in one segment each, and the phase of a piece is rotated to
+
+    (phase - start of the piece in its segment) mod r,
+
+so that selecting stays a reshape; where r does not divide a piece, its last
+place is a hole. Ids then tell which places a row sees.
 """
 
 from typing import NamedTuple
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 import numpy as np
 
-from longnet_jax import pattern
-from longnet_jax.ops import exchange
-from longnet_jax.ops import windows as windows_lib
+from longnet_jax.ops import attention, exchange, kernels, near, selection
 
 
-class Far(NamedTuple):
-  """A branch (w, r) whose segments lie on several devices.
+class Keys(NamedTuple):
+  """Rows of keys as they are sent, in lanes (`sharded.Far`).
 
-  What is sent of a key head is a lane for each phase that its query heads
-  have. `phases` (parts, G) are those of the lanes, and `lanes` (parts, N) the
-  lane of each query head, a line for each part that the heads are split into;
-  `of_heads` picks one.
-
-  index: the branch's place among all.
-  branch: (w, r).
-  exchange: which devices send what to which.
-  rows: the most rows that a device keeps; whole tiles.
-  tile: query rows of a tile.
-  key_tile: key rows of a tile; divides rows * slots.
+  both: key and value, (B, 1, n, K U, 2 H).
+  documents: ids (B, 1, n, K U) each.
   """
 
-  index: int
-  branch: tuple[int, int]
-  exchange: exchange.Exchange
-  rows: int
-  tile: int
-  key_tile: int
-  phases: np.ndarray | jax.Array
-  lanes: np.ndarray | jax.Array
+  both: jax.Array
+  documents: tuple
 
 
-def plan(
-  settings, length, all_heads, *, num_heads, kv_heads, shards, axis_name
-) -> tuple[list[tuple[int, tuple[int, int]]], list[Far]]:
-  """Splits the branches into near ones, (index, (w, r)), and far ones.
+def gather(call, far) -> tuple[Keys, Keys]:
+  """Returns the keys that a device has itself, and those of all slots."""
+  inputs = call.inputs
+  both = jnp.concatenate([inputs.key, inputs.value], axis=-1)
+  if inputs.lengths is not None:
+    both = near.hide(both, inputs.lengths - call.place.start)
+  cut = _cut(call, far, call.own(far.phases))
+  documents = tuple(selection.select_ids(x, cut) for x in inputs.documents)
+  own = Keys(selection.select(both, cut), documents)
+  own = jax.tree.map(_one_list, own)
+  return own, jax.tree.map(lambda x: exchange.gather(far.exchange, x), own)
+
+
+def forward(call, far, keys):
+  """Returns out (B, L, N, H) and lse (B, L, N) of a branch.
 
   Args:
-    settings: static arguments of the operation.
-    length: rows of a shard.
-    all_heads: query heads over all devices.
-    num_heads: query heads of a device.
-    kv_heads: key heads of a device.
-    shards: devices along the axis.
-    axis_name: the axis.
+    call: the `near.Call`.
+    far: the `sharded.Far`.
+    keys: what `gather` returned.
   """
-  near, far = [], []
-  for index, (w, r) in enumerate(settings.branches):
-    w = min(w, length * shards)
-    if length % w == 0:
-      near.append((index, (w, r)))
-      continue
-    branch = max(w, r), r
-    phases = pattern.phases(all_heads, r, settings.head_phase)
-    found = exchange.plan(
-      branch[0],
-      length,
-      shards,
-      is_causal=settings.is_causal,
-      axis_name=axis_name,
+  cut, query, rectangles = _rectangles(call, far, keys)
+  out, lse = _attend(call, query, rectangles)
+  length = call.inputs.query.shape[1]
+  return _put_back(out, cut, length), _put_back(lse, cut, length, -jnp.inf)
+
+
+def backward(call, far, keys, terms):
+  """Returns dquery, dkey, dvalue (B, L, ...) of a branch, over all devices.
+
+  Args:
+    call: the `near.Call`.
+    far: the `sharded.Far`.
+    keys: what `gather` returned.
+    terms: out, lse, dout, dlse (or None) of the mixture.
+  """
+  cut, query, rectangles = _rectangles(call, far, keys)
+  take = lambda x: None if x is None else _one_list(selection.select(x, cut))
+  out, lse, dout, dlse = map(take, terms)
+  if not call.settings.mixing_gradient:
+    out, _ = _attend(call, query, rectangles)
+  dquery, dboth = [], []
+  for tensors, mask in rectangles:
+    found, dkey, dvalue = call.kernel.backward(
+      query, *tensors, mask, out, lse, dout, dlse, scale=call.settings.scale
     )
-    edges = np.arange(shards + 1)[:, None] * length
-    counts = np.diff(ordinal(edges, branch, np.unique(phases)), axis=0)
-    tiles = _tiles(max(1, int(counts.max())), found.slots)
-    lanes = _lanes(phases, num_heads, kv_heads)
-    far.append(Far(index, branch, found, *tiles, *lanes))
-  return near, far
+    dquery.append(found)
+    dboth.append(_to_lanes(call, far, jnp.concatenate([dkey, dvalue], -1)))
+  *own, others = dboth
+  padding = [(0, 0)] * others.ndim
+  padding[2] = (0, keys[1].both.shape[2] - others.shape[2])
+  total = exchange.scatter(far.exchange, jnp.pad(others, padding))
+  total = sum(own, start=total)
+  batch, length, kv_heads, _ = call.inputs.key.shape
+  total = _put_back(total, _cut(call, far, call.own(far.phases)), length)
+  total = total.reshape(batch, length, kv_heads, -1, total.shape[-1]).sum(3)
+  dquery = _put_back(sum(dquery), cut, length)
+  return dquery, *jnp.split(total, 2, axis=-1)
 
 
-def of_heads(far: Far, part) -> Far:
-  """Returns the branch with the phases and lanes of one part of the heads."""
-  return far._replace(
-    phases=jnp.asarray(far.phases)[part], lanes=jnp.asarray(far.lanes)[part]
-  )
+def _attend(call, query, rectangles):
+  """Returns out and lse of the query rows over all rectangles of keys."""
+  found = [
+    call.kernel.forward(query, *tensors, mask, scale=call.settings.scale)
+    for tensors, mask in rectangles
+  ]
+  return found[0] if len(found) == 1 else attention.merge(*found[0], *found[1])
 
 
-def received_bytes(far: Far, *, batch, head_width, itemsize) -> int:
-  """Returns the most that one gather of keys and values brings to a device.
+def _rectangles(call, far, keys):
+  """Returns the cut of the queries, their rows, and what these see.
 
-      B G (slots - 1) M 2 H values
-
-  Backward brings the same again, and as many float32 gradients.
+  That is ((key, value), mask) of the device's own rows, and of the past; or
+  without causality, of all that was gathered.
   """
-  lanes = far.phases.shape[-1]
-  values = batch * lanes * (far.exchange.slots - 1) * far.rows * 2 * head_width
-  return values * itemsize
-
-
-def _tiles(rows, slots):
-  """Returns rows (filled up to whole tiles), tile and key tile."""
-  sizes = windows_lib.device_sizes()
-  if rows > sizes.whole:
-    tiles = -(-rows // sizes.tile)
-    tile = -(-rows // (tiles * sizes.block)) * sizes.block
-    return tile * -(-rows // tile), tile, tile
-  together = max(
-    d
-    for d in range(1, slots + 1)
-    if slots % d == 0 and (d == 1 or d * rows <= sizes.tile)
+  own, others = keys
+  first = exchange.first_device(far.exchange)
+  cut = _cut(call, far, call.own(call.all_phases(far.branch[1]))[:, None])
+  query = _one_list(selection.select(call.inputs.query, cut))
+  query = query.astype(call.product)
+  if not call.settings.is_causal:
+    devices = first + jnp.arange(far.exchange.slots)
+    return cut, query, [_rectangle(call, far, others, devices)]
+  device = _device(call)
+  square = _rectangle(call, far, own, device[None], is_causal=True)
+  # The last slot is nobody's past.
+  slots, rows = far.exchange.slots - 1, query.shape[2]
+  others = jax.tree.map(lambda x: x[:, :, : slots * rows], others)
+  lengths = None
+  if far.exchange.own is None:  # a group, whose later devices are the future
+    lengths = (device - first) * rows
+  past = _rectangle(
+    call, far, others, first + jnp.arange(slots), lengths=lengths
   )
-  return rows, rows, rows * together
+  return cut, query, [square, past]
 
 
-def _lanes(phases, num_heads, kv_heads):
-  """Returns what to send of each key head: rows of every phase it is read at.
+def _rectangle(call, far, keys, devices, *, is_causal=False, lengths=None):
+  """Returns (key, value) as a kernel takes them, and their mask.
 
   Args:
-    phases: the phase of each head of all devices.
-    num_heads: heads of a device.
-    kv_heads: key heads of a device.
-
-  Returns:
-    phases (devices, kv_heads * U) and the lane of each head (devices, N).
+    call: the `near.Call`.
+    far: the `sharded.Far`.
+    keys: the `Keys` of some devices.
+    devices: which these are, in order.
+    is_causal: whether they are the device itself.
+    lengths: how many of the keys are seen, or None for all.
   """
-  phases = phases.reshape(-1, kv_heads, num_heads // kv_heads)
-  distinct = [[np.unique(heads) for heads in part] for part in phases]
-  width = max(len(x) for part in distinct for x in part)
-  lane_phases = np.array(
-    [[np.resize(x, width) for x in part] for part in distinct]
-  )
-  lanes = np.array(
-    [
-      [
-        np.searchsorted(found, heads) + i * width
-        for i, (found, heads) in enumerate(zip(of_heads, part, strict=True))
-      ]
-      for of_heads, part in zip(distinct, phases, strict=True)
-    ]
-  )
-  shape = len(phases), -1
-  return (
-    lane_phases.reshape(shape).astype(np.int32),
-    lanes.reshape(shape).astype(np.int32),
-  )
+  inputs, (w, _) = call.inputs, far.branch
+  phases = call.all_phases(far.branch[1])
+  rows = _positions(call, far, _device(call)[None], call.own(phases)[:, None])
+  both, ids = keys.both, []
+  if not far.is_regular or inputs.lengths is not None:
+    position, seen = _seen(call, far, devices)
+    # Nobody looks at the others: there may be NaN, and 0 * NaN is NaN.
+    both = jnp.where(seen[..., None], both, jnp.zeros((), both.dtype))
+    ids.append((rows[0][None, None] // w, jnp.where(seen, position // w, -1)))
+  query_cut = _cut(call, far, call.own(phases)[:, None])
+  for x, others in zip(inputs.documents, keys.documents, strict=True):
+    ids.append((_one_list(selection.select_ids(x, query_cut)), others))
+  ids = tuple((x, _to_heads(call, far, y)) for x, y in ids)
+  bits = None
+  if inputs.seed is not None:
+    columns, _ = _positions(call, far, devices, call.own(phases)[:, None])
+    bits = tuple(
+      call.bits(far.index, x[None], side)
+      for side, x in enumerate((rows[0], columns))
+    )
+  both = _to_heads(call, far, both).astype(call.product)
+  rate = call.settings.dropout_rate
+  mask = kernels.Mask(is_causal, lengths, ids, bits, rate)
+  return tuple(jnp.split(both, 2, axis=-1)), mask
 
 
-def ordinal(position, branch, phase):
-  """Returns how many rows of a phase are kept before a global position."""
-  w, r = branch
-  kept = (position % w - phase + r - 1) // r  # of its segment; phase < r
-  a_segment = (w - phase + r - 1) // r
-  return position // w * a_segment + kept
+def _seen(call, far, devices):
+  """Returns positions (1, 1, n, K U) and which are seen, of any device's rows.
+
+  Those are real rows, of a device that shares a segment, before the length.
+  """
+  length = call.inputs.query.shape[1]
+  shards = lax.axis_size(far.exchange.axis_name)
+  position, real = _positions(call, far, devices, call.own(far.phases))
+  first, last = exchange.sharing(_device(call), far.branch[0], length, shards)
+  device = lax.div(position, np.int32(length))
+  seen = real & (position >= 0) & (device >= first) & (device <= last)
+  position, seen = position[None, None], seen[None, None]
+  if call.inputs.lengths is not None:
+    seen &= position < call.inputs.lengths[:, None, None, None]
+  return position, seen
 
 
-def kept(start, far, phases, length):
-  """Returns positions (..., M) of the rows kept of a shard, and which exist."""
+def _device(call):
+  """Returns the number of the device along the axis of the positions."""
+  return lax.div(call.place.start, np.int32(call.inputs.query.shape[1]))
+
+
+def _cut(call, far, phases):
+  """Returns how the device's rows are cut; phases (K, G) as of segments."""
+  rotated = _rotated(call, far, _device(call)[None], phases)
+  dense = call.settings.platform == "tpu"
+  return selection.Cut(far.piece, far.branch[1], rotated[0], dense)
+
+
+def _rotated(call, far, devices, phases):
+  """Returns the phases (devices, pieces or 1, K, G) of the pieces."""
   w, r = far.branch
-  a_segment = ((w - phases + r - 1) // r)[..., None]
-  row = ordinal(start, far.branch, phases)[..., None]
-  row += jnp.arange(far.rows).reshape((1,) * (row.ndim - 1) + (-1,))
-  position = row // a_segment * w + phases[..., None] + row % a_segment * r
-  return position, position < start[..., None] + length
+  if far.piece % r == 0:
+    return phases[None, None]
+  length = call.inputs.query.shape[1]
+  start = np.arange(0, length, far.piece, dtype=np.int32)[None]
+  start = (devices[:, None] * length + start) % w
+  return (phases[None, None] - start[..., None, None]) % r
+
+
+def _positions(call, far, devices, phases):
+  """Returns the position of each place (n, N) of devices, and which are rows."""
+  length, r = call.inputs.query.shape[1], far.branch[1]
+  rotated = _rotated(call, far, devices, phases)[:, :, None]
+  row = r * np.arange(-(-far.piece // r), dtype=np.int32)
+  inside = rotated + row[None, None, :, None, None]
+  start = np.arange(0, length, far.piece, dtype=np.int32)[None]
+  start = (devices[:, None] * length + start)[..., None, None, None]
+  position = start + inside
+  real = jnp.broadcast_to(inside < far.piece, position.shape)
+  heads = phases.size
+  return position.reshape(-1, heads), real.reshape(-1, heads)
+
+
+def _one_list(rows):
+  """Returns (B, 1, P R, N, ...), one list of a device's (B, P, R, N, ...)."""
+  return rows.reshape(rows.shape[0], 1, -1, *rows.shape[3:])
+
+
+def _put_back(rows, cut, length, fill=0):
+  """Returns (B, L, N, ...) from one list of rows."""
+  rows = rows.reshape(rows.shape[0], -1, cut.kept, *rows.shape[3:])
+  return selection.put_back(rows, cut, length, fill)
+
+
+def _to_heads(call, far, x):
+  """Returns (B, 1, n, K or N, ...) from lanes (B, 1, n, K U, ...)."""
+  if far.in_order or x.shape[3] == 1:
+    return x
+  own = _own_lanes(call, far)
+  own = own.reshape(1, 1, 1, *own.shape, *[1] * (x.ndim - 4))
+  x = x.reshape(*x.shape[:3], own.shape[3], -1, 1, *x.shape[4:])
+  x = jnp.where(own, x, jnp.zeros((), x.dtype)).sum(4, dtype=x.dtype)
+  return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+
+
+def _to_lanes(call, far, x):
+  """The transpose of `_to_heads`."""
+  if far.in_order:
+    return x
+  own = _own_lanes(call, far)
+  own = own.reshape(1, 1, 1, *own.shape, *[1] * (x.ndim - 4))
+  x = x.reshape(*x.shape[:3], own.shape[3], 1, -1, *x.shape[4:])
+  x = jnp.where(own, x, jnp.zeros((), x.dtype)).sum(5)
+  return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+
+
+def _own_lanes(call, far):
+  """Returns (K, U, G), whether a head reads a lane."""
+  lane = np.arange(far.phases.shape[-1], dtype=np.int32)[None, :, None]
+  return lane == call.own(far.lanes)[:, None]

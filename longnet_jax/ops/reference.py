@@ -8,30 +8,31 @@ from longnet_jax import pattern as pattern_lib
 from longnet_jax.ops import attention
 
 
-def attend(settings, query, key, value, lengths, segment_ids, seed):
+def attend(settings, inputs):
   """Returns the mixture's (out, lse) in O(B N T^2) memory.
 
   Args:
-    settings: static arguments.
-    query: (B, T, N, H).
-    key: (B, T, K, H).
-    value: (B, T, K, H).
-    lengths: (B,) or None.
-    segment_ids: (B, T) or None.
-    seed: uint32 of the dropout, or None.
+    settings: the `arguments.Settings`.
+    inputs: the `arguments.Inputs`.
   """
+  query = inputs.query
   batch, length, num_heads, _ = query.shape
-  group = num_heads // key.shape[2]
-  key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
+  if 0 in query.shape:
+    return query, jnp.full(query.shape[:3], -jnp.inf)
+  if inputs.lengths is not None and settings.padding == "zeros":
+    raise ValueError(
+      "implementation='reference' cannot be combined with padding='zeros' and "
+      "key_value_seq_lengths; use None"
+    )
+  group = num_heads // inputs.key.shape[2]
+  key, value = (jnp.repeat(x, group, axis=2) for x in inputs[1:3])
+  lengths = inputs.lengths
   if lengths is None:
     lengths = jnp.full((batch,), length)
-  if segment_ids is None:
-    segment_ids = jnp.zeros((batch, length), jnp.int32)
-  if not batch or not length:
-    return jnp.zeros_like(query), jnp.zeros(query.shape[:3], jnp.float32)
+  inputs = inputs._replace(key=key, value=value, lengths=lengths)
   outs, lses = zip(
     *(
-      _branch(settings, i, query, key, value, lengths, segment_ids, seed)
+      _branch(settings, i, inputs)
       for i in range(len(settings.branches))
     ),
     strict=True,
@@ -48,10 +49,10 @@ def attend(settings, query, key, value, lengths, segment_ids, seed):
   return (shares * jnp.stack(outs)).sum(0), lse.astype(jnp.float32)
 
 
-def _branch(settings, index, query, key, value, lengths, segment_ids, seed):
+def _branch(settings, index, inputs):
   """Returns (out (B, T, N, H), lse (B, T, N)) of one branch."""
   w, r = settings.branches[index]
-  batch, length, num_heads, _ = query.shape
+  batch, length, num_heads, _ = inputs.query.shape
   w = min(w, length)
   num_segments = -(-length // w)
   reach = pattern_lib.max_kept(w, r) * r  # a segment with its padding
@@ -76,18 +77,16 @@ def _branch(settings, index, query, key, value, lengths, segment_ids, seed):
   def one(b, head, q, k, v, end, ids, pattern):
     there = real & (source < end)
     k, v = (jnp.where(there[:, None], x[source], 0) for x in (k, v))
-    mask = pattern & (source < end)[None] & (ids[:, None] == ids[source][None])
+    mask = pattern & (source < end)[None]
+    for x in ids:
+      mask &= x[:, None] == x[source][None]
     factor = None
-    if seed is not None:
-      factor = attention.dropout_factor(
-        attention.Rows(
-          hashes=attention.row_bits(seed, index, b, head, position, 0)
-        ),
-        attention.Rows(
-          hashes=attention.row_bits(seed, index, b, head, key_position, 1)
-        ),
-        settings.dropout_rate,
+    if inputs.seed is not None:
+      bits = (
+        attention.row_bits(inputs.seed, index, b, head, where, side)
+        for side, where in enumerate((position, key_position))
       )
+      factor = attention.dropout_factor(*bits, settings.dropout_rate)
     return attention.softmax_attention(
       q, k, v, mask, factor, scale=settings.scale
     )
@@ -96,10 +95,10 @@ def _branch(settings, index, query, key, value, lengths, segment_ids, seed):
   return jax.vmap(heads, (0, None, 0, 0, 0, 0, 0, None))(
     jnp.arange(batch),
     jnp.arange(num_heads),
-    query,
-    key,
-    value,
-    lengths,
-    segment_ids,
+    inputs.query,
+    inputs.key,
+    inputs.value,
+    inputs.lengths,
+    inputs.documents,
     jnp.asarray(pattern),
   )

@@ -1,35 +1,31 @@
-"""Dilated attention of one sequence over many devices, inside `shard_map`.
+"""How one call is split over devices: near branches and far ones. All static.
 
 Each device holds L rows, in order along a mesh axis (section 3 of arXiv
-2307.02486). A branch whose segments lie inside the shards is computed where it
-is. Of every other branch the devices that share a segment exchange the key and
-value rows that the heads keep (eq. 23), about L / r each, and each device
-attends with its own query rows: queries never move, and what a device receives
-does not grow with the sequence.
+2307.02486). A branch whose segments lie inside the shards is near: it is
+computed where it is. Of a far one the devices that share a segment exchange the
+key and value rows that the heads keep (eq. 23), about L / r each; queries never
+move, and what a device receives does not grow with the sequence:
 
     received forward = B K U (slots - 1) M 2 H values a branch,
 
-with M the rows kept of a shard and U the different phases among the query
-heads of a key head. Backward receives the same again, and reduce-scatters as
-many gradients in float32. The collectives of all branches come first, so that
-they can run while the local branches are computed.
+with M the rows kept of a shard and U the different phases among the query heads
+of a key head. Backward receives the same again, and reduce-scatters as many
+gradients, in float32.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import jax
 from jax import lax
-from jax import numpy as jnp
+import numpy as np
 
-from longnet_jax.ops import attention, far_attention, mixture
-from longnet_jax.ops import far as far_lib
-from longnet_jax.ops import problem as problem_lib
+from longnet_jax import pattern
+from longnet_jax.ops import exchange, near
 
 
 class Layout(NamedTuple):
-  """Static: the mesh axes that the arrays are split over, inside `shard_map`.
+  """The mesh axes that arrays are split over, inside `jax.shard_map`.
 
   axis_name: of the positions.
   batch_axis: of the examples, or None.
@@ -41,120 +37,145 @@ class Layout(NamedTuple):
   head_axis: str | None = None
 
 
-def attend(settings, layout, inputs):
-  """Returns the mixture's (out, lse) of this device's rows.
+class Far(NamedTuple):
+  """A branch (w, r) whose segments lie on several devices.
+
+  What is sent of a key head is a *lane* for each of the U different phases that
+  its query heads have.
+
+  index: its place among all branches.
+  branch: (w, r).
+  exchange: which devices send what to which.
+  piece: rows of a piece of a shard; each lies in one segment.
+  phases: (parts, K, U), those of the lanes; a line for each part that the heads
+    are split into.
+  lanes: (parts, K, G), the lane that each query head reads.
+  """
+
+  index: int
+  branch: tuple[int, int]
+  exchange: exchange.Exchange
+  piece: int
+  phases: np.ndarray
+  lanes: np.ndarray
+
+  @property
+  def is_regular(self) -> bool:
+    """Whether all that is gathered are rows of one segment, without holes."""
+    return self.exchange.aligned and not self.piece % self.branch[1]
+
+  @property
+  def in_order(self) -> bool:
+    """Whether the lanes are what a kernel takes: one, or those of the heads."""
+    order = np.arange(self.lanes.shape[-1])
+    return self.phases.shape[-1] == 1 or bool((self.lanes == order).all())
+
+  def rows(self, length: int) -> int:
+    """Returns M: places for rows that are kept of a shard of `length` rows."""
+    return length // self.piece * -(-self.piece // self.branch[1])
+
+
+def make_layout(axis_name: str | Layout | None) -> Layout | None:
+  """Returns the layout of positions alone where a name is given."""
+  return Layout(axis_name) if isinstance(axis_name, str) else axis_name
+
+
+def find_place(layout: Layout | None, query: jax.Array) -> near.Place:
+  """Returns where a device's part lies in the whole."""
+  if layout is None:
+    return near.Place()
+  index = lambda name: lax.axis_index(name) if name else 0
+  return near.Place(
+    example=index(layout.batch_axis) * query.shape[0],
+    start=index(layout.axis_name) * query.shape[1],
+    head=index(layout.head_axis) * query.shape[2],
+    parts=lax.axis_size(layout.head_axis) if layout.head_axis else 1,
+  )
+
+
+def split(
+  settings,
+  *,
+  length: int,
+  num_heads: int,
+  kv_heads: int,
+  parts: int,
+  shards: int,
+  axis_name: str | None,
+) -> tuple[list[tuple[int, int, int]], list[Far]]:
+  """Returns the near branches, (index, w, r) each, and the far ones.
 
   Args:
-    settings: static arguments.
-    layout: the `Layout`.
-    inputs: query, key, value, lengths, segment_ids, seed; lengths count
-      global positions, everything else is this device's part.
+    settings: the `arguments.Settings`.
+    length: rows of a shard.
+    num_heads: query heads of a device.
+    kv_heads: key heads of a device.
+    parts: how many the heads are split into.
+    shards: devices along the axis.
+    axis_name: the axis; None of a single shard.
   """
-  query = inputs[0]
-  if not query.size:
-    return jnp.zeros_like(query), lax.full_like(
-      query, -jnp.inf, jnp.float32, query.shape[:3]
+  if axis_name:
+    _refuse_zero_keys(settings, length * shards)
+  near_branches, far_branches = [], []
+  for index, (w, r) in enumerate(settings.branches):
+    w = min(w, length * shards)
+    if shards == 1 or length % w == 0:
+      near_branches.append((index, w, r))
+      continue
+    branch = max(w, r), r
+    phases = pattern.phases(parts * num_heads, r, settings.head_phase)
+    plan = exchange.plan(
+      branch[0],
+      length,
+      shards,
+      is_causal=settings.is_causal,
+      axis_name=axis_name,
     )
-  length = query.shape[1] * lax.axis_size(layout.axis_name)
-  for name, number in (
-    ("batch * length * heads of a device", math.prod(query.shape[:3])),
-    ("length over all devices", length),
-  ):
-    if number >= 2**31:
-      raise ValueError(f"{name} is {number}; it must be less than {2**31}")
-  settings = _without_zero_keys(settings, length)
-  return _attend(settings, layout, *inputs)
+    lanes = _lanes(phases.reshape(parts, kv_heads, -1))
+    piece = math.gcd(branch[0], length)
+    far_branches.append(Far(index, branch, plan, piece, *lanes))
+  return near_branches, far_branches
 
 
-def _without_zero_keys(settings, length):
-  """Returns settings with padding="mask" if that computes the same."""
-  if settings.padding == "mask":
-    return settings
+def _refuse_zero_keys(settings, length):
+  """Raises ValueError where a sharded sequence would need zero keys."""
+  if settings.padding == "mask" or settings.is_causal:
+    return
   for w, r in settings.branches:
     w = min(w, length)
-    if not settings.is_causal and (length % w or w % r):
+    if length % w or w % r:
       raise ValueError(
         f"padding='zeros' adds zero keys to segments of {w} at rate {r} in a "
         f"length of {length}, which a sharded sequence does not have; use "
         "padding='mask', is_causal=True, or segments and rates that divide"
       )
-  return settings._replace(padding="mask")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(settings, layout, *inputs):
-  return _forward(settings, layout, *inputs)[0]
+def received_bytes(
+  far: Far, *, batch: int, length: int, head_width: int, itemsize: int
+) -> int:
+  """Returns the most that one gather of keys and values brings to a device."""
+  values = (far.exchange.slots - 1) * far.rows(length) * 2 * head_width
+  return batch * far.phases[0].size * values * itemsize
 
 
-def _forward(settings, layout, *inputs):
-  """Returns (out, lse) and what the backward pass needs."""
-  shard = _make_shard(settings, layout, *inputs)
-  arrived = [far_attention.gather(shard, branch) for branch in shard.far]
-  mixed = []
-  if shard.near.branches:
-    mixed.append(mixture.forward(shard.near, inputs, shard.part))
-  for branch, keys in zip(shard.far, arrived, strict=True):
-    mixed.append(far_attention.forward(shard, branch, keys))
-  out, lse = functools.reduce(
-    lambda one, other: attention.merge(*one, *other), mixed
+def _lanes(phases):
+  """Returns the lanes' phases (parts, K, U), and the lane of each head.
+
+  Lanes are in the order in which heads first read them.
+
+  Args:
+    phases: those of the heads, (parts, K, G).
+  """
+  groups = phases.reshape(-1, phases.shape[-1]).tolist()
+  found = [list(dict.fromkeys(group)) for group in groups]
+  width = max(map(len, found))
+  filled = [np.resize(lanes, width) for lanes in found]
+  of_heads = [
+    [lanes.index(phase) for phase in group]
+    for lanes, group in zip(found, groups, strict=True)
+  ]
+  return (
+    np.array(filled, np.int32).reshape(*phases.shape[:2], width),
+    np.array(of_heads, np.int32).reshape(phases.shape),
   )
-  out, lse = out.astype(shard.query.dtype), lse.astype(jnp.float32)
-  return (out, lse), (*inputs, out, lse)
-
-
-def _backward(settings, layout, residuals, grads):
-  """Returns the gradients of the inputs; only query, key, value have any."""
-  *inputs, out, lse = residuals
-  shard = _make_shard(settings, layout, *inputs)
-  arrived = [far_attention.gather(shard, branch) for branch in shard.far]
-  terms = mixture.backward_terms(settings, out, lse, *grads)
-  with jax.default_matmul_precision(settings.precision):
-    found = [
-      far_attention.backward(shard, branch, keys, terms)
-      for branch, keys in zip(shard.far, arrived, strict=True)
-    ]
-    if shard.near.branches:
-      found.append(mixture.backward(shard.near, inputs, terms, shard.part))
-  totals = (sum(parts) for parts in zip(*found, strict=True))
-  dtype = shard.query.dtype
-  return *(x.astype(dtype) for x in totals), None, None, None
-
-
-_attend.defvjp(_forward, _backward)
-
-
-def _make_shard(settings, layout, query, key, *rest):
-  """Splits the branches into near and far ones."""
-  batch, length, num_heads, _ = query.shape
-  head_part, head_parts = _index(layout.head_axis)
-  shards = lax.axis_size(layout.axis_name)
-  near, far = far_lib.plan(
-    settings,
-    length,
-    num_heads * head_parts,
-    num_heads=num_heads,
-    kv_heads=key.shape[2],
-    shards=shards,
-    axis_name=layout.axis_name,
-  )
-  far = [far_lib.of_heads(branch, head_part) for branch in far]
-  start = lax.axis_index(layout.axis_name) * length
-  part = problem_lib.Part(
-    example=_index(layout.batch_axis)[0] * batch,
-    position=start,
-    head=head_part * num_heads,
-    num_heads=num_heads * head_parts if head_parts > 1 else None,
-    branches=tuple(index for index, _ in near),
-    dtype=attention.accumulator(query.dtype),
-  )
-  near = settings._replace(branches=tuple(branch for _, branch in near))
-  return far_attention.Shard(
-    settings, query, key, *rest, part, near, far, start
-  )
-
-
-def _index(axis_name):
-  """Returns this device's index along an axis, and how many there are."""
-  if axis_name is None:
-    return 0, 1
-  return lax.axis_index(axis_name), lax.axis_size(axis_name)

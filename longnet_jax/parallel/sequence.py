@@ -1,29 +1,31 @@
 """Dilated attention of a sequence that is split over a mesh axis."""
 
-from collections.abc import Sequence
 import functools
 
 import jax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+import numpy as np
 
-from longnet_jax.ops import dilated_attention, far, sharded
-from longnet_jax.ops import settings as settings_lib
+from longnet_jax.ops import arguments, mixture, sharded
 
 
 def sequence_parallel_attention(
-  query: Float[Array, "B T N H"],
-  key: Float[Array, "B T K H"],
-  value: Float[Array, "B T K H"],
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
   *,
   mesh: jax.sharding.Mesh,
   axis_name: str = "seq",
   batch_axis: str | None = None,
   head_axis: str | None = None,
-  key_value_seq_lengths: Int[Array, " B"] | None = None,
-  segment_ids: Int[Array, "B T"] | None = None,
+  key_value_seq_lengths: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
   dropout_key: Array | None = None,
+  return_residual: bool = False,
+  implementation: str | None = None,
   **options,
 ) -> Float[Array, "B T N H"] | tuple[Array, Float[Array, "B T N"]]:
   """Attends as `dilated_attention`, T split in order over a mesh axis.
@@ -61,61 +63,70 @@ def sequence_parallel_attention(
       raise ValueError(
         f"{name} is {axis!r}; use one of the mesh's axes {tuple(mesh.shape)}"
       )
-  settings_lib.check_shapes(query, key, value)
-  batch, length = query.shape[:2]
-  if segment_ids is not None and segment_ids.shape != (batch, length):
-    raise ValueError(
-      f"segment_ids has shape {segment_ids.shape}; it must be {batch, length}"
-    )
-  padding = -length % mesh.shape[axis_name]
-  if padding and options.get("padding") == "zeros":
-    if not options.get("is_causal"):
+  arguments.check_implementation(implementation, axis_name)
+  tensors = [jnp.asarray(x) for x in (query, key, value)]
+  arguments.check_tensors(*tensors)
+  tensors[0], scale = arguments.fold_scale(
+    tensors[0], options.pop("scale", None)
+  )
+  settings = arguments.make_settings(
+    tensors[0].shape[-1], scale=scale, **options
+  )
+  batch, length, heads, _ = tensors[0].shape
+  if -length % mesh.shape[axis_name]:
+    if settings.padding == "zeros" and not settings.is_causal:
       raise ValueError(
         f"padding='zeros' needs a length that {mesh.shape[axis_name]} devices "
         f"divide, not {length}; use padding='mask'"
       )
-    # The zero keys of a causal sequence come after all of its queries.
-    options["padding"] = "mask"
-  if padding:
+    # Rows that are added come after every key, and zero keys after all queries
+    # of a causal sequence.
+    settings = settings._replace(padding="mask")
     if key_value_seq_lengths is None:
-      key_value_seq_lengths = jnp.full((batch,), length)
-    # Rows that were added come after every key.
-    key_value_seq_lengths = jnp.minimum(key_value_seq_lengths, length)
-
-  def pad(x):
-    return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-
+      key_value_seq_lengths = np.full((batch,), length, np.int32)
+  inputs = arguments.make_inputs(
+    tensors, settings, key_value_seq_lengths, segment_ids, dropout_key
+  )
   if batch_axis and batch % mesh.shape[batch_axis]:
     batch_axis = None
-  heads = query.shape[2], key.shape[2]
-  if head_axis and any(n % mesh.shape[head_axis] for n in heads):
+  if head_axis and any(
+    n % mesh.shape[head_axis] for n in (heads, tensors[1].shape[2])
+  ):
     head_axis = None
-  rows = P(batch_axis, axis_name)
-  heads = P(batch_axis, axis_name, head_axis)
   layout = sharded.Layout(axis_name, batch_axis, head_axis)
+  out, lse = _attend(settings, layout, mesh, return_residual, inputs)
+  return (out, lse) if return_residual else out
 
-  def attend(tensors, segment_ids, lengths, dropout_key):
-    return dilated_attention.dilated_attention(
-      *tensors,
-      segment_ids=segment_ids,
-      key_value_seq_lengths=lengths,
-      dropout_key=dropout_key,
-      axis_name=layout,
-      **options,
-    )
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _attend(settings, layout, mesh, return_residual, inputs):
+  """Fills the sequence up to whole shards, and attends over the mesh."""
+  length = inputs.query.shape[1]
+  padding = -length % mesh.shape[layout.axis_name]
+  lengths = inputs.lengths
+  if padding:
+    lengths = jnp.minimum(lengths, length)
+
+  def pad(x):
+    if x.ndim < 2:
+      return x
+    return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+
+  rows = P(layout.batch_axis, layout.axis_name)
+  tensors = P(layout.batch_axis, layout.axis_name, layout.head_axis)
+  specs = arguments.Inputs(
+    *(tensors,) * 3, P(layout.batch_axis), rows, P()
+  )
+  attend = functools.partial(
+    mixture.attend, settings, layout, return_residual=return_residual
+  )
   found = jax.shard_map(
     attend,
     mesh=mesh,
-    in_specs=(heads, rows, P(batch_axis), P()),
-    out_specs=heads,
+    in_specs=(specs,),
+    out_specs=tensors,
     axis_names={name for name in layout if name},
-  )(
-    jax.tree.map(pad, (query, key, value)),
-    jax.tree.map(pad, segment_ids),
-    key_value_seq_lengths,
-    dropout_key,
-  )
+  )(jax.tree.map(pad, inputs._replace(lengths=lengths)))
   return jax.tree.map(lambda x: x[:, :length], found)
 
 
@@ -134,9 +145,7 @@ def over_mesh(mesh: jax.sharding.Mesh):
 
 
 def received_bytes(
-  query: jax.ShapeDtypeStruct,
-  key: jax.ShapeDtypeStruct,
-  **where,
+  query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, **where
 ) -> dict[tuple[int, int], int]:
   """Returns branch (w, r) -> bytes of keys and values that a device receives.
 
@@ -144,10 +153,15 @@ def received_bytes(
   again, and as many gradients in float32. Arguments are those of
   `far_branches`.
   """
-  batch, *_, width = query.shape
+  batch, length, _, width = query.shape
+  shards = where["mesh"].shape[where.get("axis_name", "seq")]
   return {
-    branch.branch: far.received_bytes(
-      branch, batch=batch, head_width=width, itemsize=key.dtype.itemsize
+    branch.branch: sharded.received_bytes(
+      branch,
+      batch=batch,
+      length=length // shards,
+      head_width=width,
+      itemsize=key.dtype.itemsize,
     )
     for branch in far_branches(query, key, **where)
   }
@@ -159,11 +173,8 @@ def far_branches(
   *,
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
   axis_name: str = "seq",
-  segment_lengths: Sequence[int],
-  dilation_rates: Sequence[int],
-  is_causal: bool = False,
-  head_phase: str = "interleaved",
-) -> list[far.Far]:
+  **options,
+) -> list[sharded.Far]:
   """Returns the branches that devices talk about, and how they do.
 
   Args:
@@ -171,31 +182,17 @@ def far_branches(
     key: shape and type, (B, T, K, H).
     mesh: the mesh; B, N and K are not split.
     axis_name: the axis that T is split over.
-    segment_lengths: as `sequence_parallel_attention`.
-    dilation_rates: as there.
-    is_causal: as there.
-    head_phase: as there.
+    **options: segment_lengths, dilation_rates, is_causal, head_phase as there.
   """
   _, length, num_heads, width = query.shape
-  settings = settings_lib.make_settings(
-    width,
-    segment_lengths=segment_lengths,
-    dilation_rates=dilation_rates,
-    is_causal=is_causal,
-    scale=None,
-    head_phase=head_phase,
-    padding="mask",
-    mixing_gradient=True,
-    dropout_rate=0.0,
-  )
   shards = mesh.shape[axis_name]
-  _, branches = far.plan(
-    settings,
-    length // shards,
-    num_heads,
+  _, far = sharded.split(
+    arguments.make_settings(width, **options),
+    length=length // shards,
     num_heads=num_heads,
     kv_heads=key.shape[2],
+    parts=1,
     shards=shards,
     axis_name=axis_name,
   )
-  return branches
+  return far

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import longnet_jax
-from longnet_jax.ops import blockwise, windows
 from longnet_jax.ops import dilated_attention as op
+from longnet_jax.ops import kernels, mixture
+from longnet_jax.ops.kernels import xla
 from tests.ops import oracle
 
 PAPER = {
@@ -174,14 +175,18 @@ def test_oracle_gradient_is_that_of_finite_differences():
       assert abs((moved[0] - moved[1]) / 2e-6 - grad[index]) < 1e-7
 
 
+@pytest.fixture
+def small_sizes(monkeypatch):
+  """Sizes that force every loop: windows, stretches, tiles and blocks."""
+  sizes = xla.Sizes(block=3, key_block=4, tile=6, whole=4, scores=1)
+  monkeypatch.setitem(xla.SIZES, "small", sizes)
+  monkeypatch.setattr(mixture, "WINDOW", 1)
+  with kernels.compiling_for("small"):
+    yield
+
+
 @pytest.mark.parametrize("causal", [True, False])
-def test_sequences_cut_into_tiles_and_windows(causal, monkeypatch):
-  """Small sizes force every loop: windows, tiles, blocks, chunks."""
-  sizes = windows.Sizes(
-    block=3, key_block=4, tile=6, whole=4, scores=40, window=100
-  )
-  monkeypatch.setitem(windows.SIZES, "cpu", sizes)
-  jax.clear_caches()
+def test_sequences_cut_into_tiles_and_windows(causal, small_sizes):
   options = {
     "segment_lengths": (6, 12, 12),
     "dilation_rates": (1, 2, 5),
@@ -189,7 +194,6 @@ def test_sequences_cut_into_tiles_and_windows(causal, monkeypatch):
   }
   tensors = inputs(2, 55, 2, 1, 3)
   check(run("xla", tensors, options), expected(tensors, options))
-  jax.clear_caches()
 
 
 EDGES = {
@@ -268,14 +272,7 @@ def test_what_lies_past_the_length_may_be_nan(implementation):
     np.testing.assert_array_equal(x, y)
 
 
-@pytest.fixture
-def unshifted(monkeypatch):
-  """Short sequences go without the maximum as well."""
-  sizes = windows.SIZES["cpu"]._replace(unshifted=1)
-  monkeypatch.setitem(windows.SIZES, "cpu", sizes)
-
-
-def test_future_does_not_move_the_past(unshifted):
+def test_future_does_not_move_the_past():
   tensors = inputs(1, 40, 2, 2, 4)
   attend = jax.jit(functools.partial(longnet_jax.dilated_attention, **PAPER))
   before = attend(*tensors)
@@ -295,31 +292,15 @@ def test_bfloat16_is_rounded_float32():
 
 
 @pytest.mark.parametrize("factor", [1e-3, 40.0])
-def test_large_scores_are_no_less_exact(factor, unshifted):
-  """Both with and without the maximum, which small scores do not need."""
+def test_large_scores_are_no_less_exact(factor):
   query, key, value = inputs(2, 40, 4, 2, 8)
   tensors = [query * factor, key, value]
-  options = {**PAPER, "scale": 0.4}  # compiled for no other test
-  small = blockwise.all_small(tensors[0] * 0.4, key)
-  assert bool(small) == (factor < 1)
-  found, wanted = run("xla", tensors, options), expected(tensors, options)
+  found, wanted = run("xla", tensors, PAPER), expected(tensors, PAPER)
   # Gradients of the key are sums over queries, `factor` times as large.
   check(found, wanted, values=1e-5, gradients=1e-5 * max(1, factor))
 
 
-def test_a_batch_of_small_and_large_scores_is_exact(unshifted):
-  query, key, value = inputs(2, 24, 2, 2, 4)
-  query = query.at[1].mul(30)
-  attend = functools.partial(longnet_jax.dilated_attention, **PAPER)
-  one = lambda *x: attend(*(y[None] for y in x))[0]
-  np.testing.assert_allclose(
-    jax.jit(jax.vmap(one))(query, key, value),
-    attend(query, key, value, implementation="reference"),
-    atol=2e-5,
-  )
-
-
-def test_a_second_derivative_equals_that_of_the_reference(unshifted):
+def test_a_second_derivative_equals_that_of_the_reference():
   tensors = inputs(1, 12, 1, 1, 2)
 
   @functools.partial(jax.jit, static_argnums=1)
@@ -527,7 +508,7 @@ def test_bad_arguments_are_refused(message):
     ([(1, 8, 4, 4), (1, 9, 4, 4), (1, 9, 4, 4)], "self-attention"),
     ([(1, 8, 4, 4), (1, 8, 4, 5), (1, 8, 4, 5)], "head width 5, query 4"),
     ([(1, 8, 4, 4), (1, 8, 4, 4), (1, 8, 2, 4)], "they must be equal"),
-    ([(8, 4, 4), (8, 4, 4), (8, 4, 4)], "it must be (B, T, heads, H)"),
+    ([(8, 4), (8, 4), (8, 4)], "it must be (B, T, heads, H)"),
   ],
 )
 def test_bad_shapes_are_refused(shapes, message):

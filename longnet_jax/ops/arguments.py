@@ -1,16 +1,18 @@
-"""The static arguments of dilated attention, and the refusal of bad ones."""
+"""The arguments of dilated attention, and the refusal of bad ones."""
 
 from collections.abc import Sequence
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
 import numpy as np
 
 from longnet_jax import pattern
-from longnet_jax.ops import attention
+from longnet_jax.ops import attention, kernels
 
 PADDINGS = ("mask", "zeros")
 
@@ -18,8 +20,9 @@ PADDINGS = ("mask", "zeros")
 class Settings(NamedTuple):
   """Checked static arguments of `dilated_attention`, hashable for jit.
 
-  `precision` is that of the caller's `jax.default_matmul_precision`, which the
-  backward pass, traced later, would not know of.
+  precision: that of the caller's `jax.default_matmul_precision`, which the
+    backward pass, traced later, would not know of.
+  platform: that of the devices, which sizes and types depend on.
   """
 
   branches: tuple[tuple[int, int], ...]
@@ -29,7 +32,22 @@ class Settings(NamedTuple):
   padding: str
   mixing_gradient: bool
   dropout_rate: float
-  precision: str | None
+  precision: Any
+  platform: str
+
+
+class Inputs(NamedTuple):
+  """Checked arrays of one call, or a device's part of them.
+
+  documents: rows attend to rows whose ids are all equal: 64-bit ids are two.
+  """
+
+  query: Float[Array, "B T N H"]
+  key: Float[Array, "B T K H"]
+  value: Float[Array, "B T K H"]
+  lengths: Int[Array, " B"] | None
+  documents: tuple[Int[Array, "B T"], ...]
+  seed: UInt32[Array, ""] | None
 
 
 def make_settings(
@@ -37,14 +55,17 @@ def make_settings(
   *,
   segment_lengths: Sequence[int],
   dilation_rates: Sequence[int],
-  is_causal: bool,
-  scale: float | None,
-  head_phase: str,
-  padding: str,
-  mixing_gradient: bool,
-  dropout_rate: float,
+  is_causal: bool = False,
+  scale: float | None = None,
+  head_phase: str = "interleaved",
+  padding: str = "mask",
+  mixing_gradient: bool = True,
+  dropout_rate: float = 0.0,
 ) -> Settings:
-  """Returns the settings, or raises ValueError naming a legal value."""
+  """Returns the settings, or raises ValueError naming a legal value.
+
+  The arguments are those of `dilated_attention`.
+  """
   for name, value in (
     ("is_causal", is_causal),
     ("mixing_gradient", mixing_gradient),
@@ -71,6 +92,7 @@ def make_settings(
     mixing_gradient=bool(mixing_gradient),
     dropout_rate=dropout_rate,
     precision=jax.config.jax_default_matmul_precision,
+    platform=kernels.platform(),
   )
 
 
@@ -143,7 +165,104 @@ def _positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
   return tuple(checked)
 
 
-def check_shapes(query, key, value):
+def refuse_masks(**masks):
+  """Raises ValueError for what only dense attention can honour."""
+  for name, value in masks.items():
+    if value is not None:
+      raise ValueError(
+        f"dilated attention cannot honour {name}, which is defined for every "
+        f"pair of positions; leave {name}=None, and use is_causal, "
+        "key_value_seq_lengths or segment_ids"
+      )
+
+
+def of_one_example(lengths, segment_ids):
+  """Returns the masks of an example (T, N, H) as those of a batch of one."""
+  if lengths is not None and not np.ndim(lengths):
+    lengths = lengths[None] if isinstance(lengths, jax.Array) else [lengths]
+  if segment_ids is not None and np.ndim(segment_ids) == 1:
+    is_array = isinstance(segment_ids, jax.Array)
+    segment_ids = segment_ids[None] if is_array else [segment_ids]
+  return lengths, segment_ids
+
+
+def make_inputs(tensors, settings, lengths, segment_ids, dropout_key) -> Inputs:
+  """Returns the arrays of a call, or raises ValueError saying what is wrong.
+
+  Args:
+    tensors: query, key, value, as `check_tensors` likes them.
+    settings: the `Settings`.
+    lengths: (B,) ints or None.
+    segment_ids: (B, T) ints or None.
+    dropout_key: a JAX random key or None.
+  """
+  batch, length = tensors[0].shape[:2]
+  if segment_ids is not None and settings.padding == "zeros":
+    raise ValueError(
+      "padding='zeros' cannot be combined with segment_ids: zero keys that "
+      "take softmax mass have no document; use padding='mask'"
+    )
+  if settings.dropout_rate and dropout_key is None:
+    raise ValueError(
+      f"dropout_rate is {settings.dropout_rate} but dropout_key is None; "
+      "give a key such as jax.random.key(0)"
+    )
+  if lengths is not None:
+    lengths = _ints("key_value_seq_lengths", lengths, (batch,))
+    last = min(int(jnp.iinfo(lengths.dtype).max), 2**31 - 1)
+    lengths = jnp.asarray(lengths.clip(0, last).astype(np.int32))
+  documents = ()
+  if segment_ids is not None:
+    documents = _words(_ints("segment_ids", segment_ids, (batch, length)))
+  seed = None
+  if settings.dropout_rate:
+    seed = jax.random.bits(dropout_key, dtype=jnp.uint32)
+  return Inputs(*tensors, lengths, documents, seed)
+
+
+def check_implementation(implementation, axis_name):
+  """Raises ValueError unless there is such an implementation."""
+  known = ("reference", *kernels.NAMES)
+  if implementation not in (None, *known):
+    raise ValueError(
+      f"implementation is {implementation!r}; use None or one of {known}"
+    )
+  if axis_name is not None and implementation == "reference":
+    raise ValueError(
+      "implementation='reference' cannot be combined with axis_name; use None"
+    )
+
+
+def _ints(name, x, shape):
+  """Returns an array of ints: NumPy's, which keeps 64 bits, or JAX's."""
+  if not isinstance(x, jax.Array):
+    x = np.asarray(x)
+    if not x.size:
+      x = x.astype(np.int32)
+  if tuple(x.shape) != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+    raise ValueError(
+      f"{name} is {x.dtype}{tuple(x.shape)}; it must be ints of shape {shape}"
+    )
+  return x
+
+
+def _words(ids):
+  """Returns ints of any type as int32 arrays that are equal where they are."""
+  is_array = isinstance(ids, jax.Array)
+  bounds = np.iinfo(np.int32)
+  if ids.dtype.itemsize < 4 or not (
+    is_array or (ids < bounds.min).any() or (ids > bounds.max).any()
+  ):
+    return (jnp.asarray(ids.astype(np.int32)),)
+  if is_array:
+    words = lax.bitcast_convert_type(ids, jnp.int32)
+    words = words.reshape(*ids.shape, -1)
+  else:
+    words = np.ascontiguousarray(ids)[..., None].view(np.int32)
+  return tuple(jnp.asarray(words[..., i]) for i in range(words.shape[-1]))
+
+
+def check_tensors(query, key, value):
   """Raises ValueError unless the three fit one another."""
   for name, x in (("query", query), ("key", key), ("value", value)):
     if x.ndim != 4:
@@ -177,41 +296,3 @@ def check_shapes(query, key, value):
       f"{num_heads} query heads cannot share {kv_heads} key heads; use a "
       "number of key heads that divides the query heads"
     )
-
-
-def check_masks(query, settings, lengths, segment_ids, dropout_key):
-  """Returns lengths as int32 and segment_ids as int32 or a wider type.
-
-  Narrower ints could not hold the ids of what is hidden. Raises ValueError
-  unless masks and dropout fit the query and settings.
-  """
-  batch, length = query.shape[:2]
-  lengths, segment_ids = (
-    None if x is None else jnp.asarray(x) for x in (lengths, segment_ids)
-  )
-  for name, x, shape in (
-    ("key_value_seq_lengths", lengths, (batch,)),
-    ("segment_ids", segment_ids, (batch, length)),
-  ):
-    if x is None:
-      continue
-    if tuple(x.shape) != shape or not jnp.issubdtype(x.dtype, jnp.integer):
-      raise ValueError(
-        f"{name} is {x.dtype}{tuple(x.shape)}; it must be ints of shape {shape}"
-      )
-    if settings.padding == "zeros":
-      raise ValueError(
-        f"padding='zeros' cannot be combined with {name}: zero keys that "
-        "take softmax mass have no document or length; use padding='mask'"
-      )
-  if settings.dropout_rate and dropout_key is None:
-    raise ValueError(
-      f"dropout_rate is {settings.dropout_rate} but dropout_key is None; "
-      "give a key such as jax.random.key(0)"
-    )
-  if lengths is not None:
-    last = min(int(jnp.iinfo(lengths.dtype).max), 2**31 - 1)
-    lengths = jnp.clip(lengths, 0, last).astype(jnp.int32)
-  if segment_ids is not None and segment_ids.dtype.itemsize < 8:
-    segment_ids = segment_ids.astype(jnp.int32)
-  return lengths, segment_ids

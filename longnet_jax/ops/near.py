@@ -1,0 +1,220 @@
+"""One branch on one stretch of rows: select, attend, put back.
+
+A stretch is some segments of a branch (w, r) that lie on one device. The rows
+that a head keeps of a segment are in order, so that what a row may see is a
+prefix of them: causality, ragged ends and lengths need no more than that.
+"""
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jaxtyping import Array, Int
+import numpy as np
+
+from longnet_jax import pattern
+from longnet_jax.ops import arguments, attention, kernels, selection
+
+
+class Place(NamedTuple):
+  """Where a device's part lies in the whole; by default it is the whole.
+
+  example, start, head: the first of its examples, positions and heads.
+  parts: how many the heads are split into.
+  """
+
+  example: Array | int = 0
+  start: Array | int = 0
+  head: Array | int = 0
+  parts: int = 1
+
+
+class Call(NamedTuple):
+  """What all branches of one call share."""
+
+  settings: arguments.Settings
+  kernel: kernels.Kernel
+  inputs: arguments.Inputs
+  place: Place
+
+  @property
+  def wide(self) -> jnp.dtype:
+    """The type of sums and logsumexps."""
+    return attention.accumulator(self.inputs.query.dtype)
+
+  @property
+  def product(self) -> jnp.dtype:
+    """The type that rows are multiplied in."""
+    # On CPU bf16 products are slower than float32 ones; float16 overflows.
+    dtype = self.inputs.query.dtype
+    if dtype == jnp.bfloat16 and self.settings.platform != "cpu":
+      return dtype
+    return self.wide
+
+  def all_phases(self, rate: int) -> np.ndarray:
+    """Returns the phases (parts, N) of all heads, also of other devices."""
+    parts, heads = self.place.parts, self.inputs.query.shape[2]
+    name = self.settings.head_phase
+    return pattern.phases(parts * heads, rate, name).reshape(parts, heads)
+
+  def own(self, of_parts: np.ndarray) -> np.ndarray | Array:
+    """Returns the line of (parts, ...) that is this device's."""
+    if self.place.parts == 1:
+      return of_parts[0]
+    part = lax.div(self.place.head, np.int32(self.inputs.query.shape[2]))
+    return jnp.asarray(of_parts)[part]
+
+  def bits(self, branch: int, positions: Int[Array, "S R N"], side: int):
+    """Returns the bits (B, S, R, N) that decide on dropout, or None."""
+    if self.inputs.seed is None:
+      return None
+    batch, _, heads, _ = self.inputs.query.shape
+    example = self.place.example + jnp.arange(batch)[:, None, None, None]
+    head = self.place.head + jnp.arange(heads)[None, None, None]
+    return attention.row_bits(
+      self.inputs.seed, branch, example, head, positions[None], side
+    )
+
+
+def forward(call, branch, first, rows):
+  """Returns out (B, T, N, H) and lse (B, T, N) of a stretch.
+
+  Args:
+    call: the `Call`.
+    branch: (index, w, r).
+    first: its first row in the device's part; may be traced.
+    rows: the `arguments.Inputs` of the stretch.
+  """
+  selected = _select(call, branch, first, rows)
+  out, lse = _attend(call, selected)
+  length = rows.query.shape[1]
+  put_back = lambda x, fill: selection.put_back(x, selected.cut, length, fill)
+  return put_back(out, 0), put_back(lse, -jnp.inf)
+
+
+def backward(call, branch, first, rows, terms):
+  """Returns dquery (B, T, N, H) and dkey, dvalue (B, T, K, H) of a stretch.
+
+  Args:
+    call: the `Call`.
+    branch: (index, w, r).
+    first: its first row in the device's part; may be traced.
+    rows: the `arguments.Inputs` of the stretch.
+    terms: out, lse, dout, dlse (or None) of the mixture, of the stretch.
+  """
+  selected = _select(call, branch, first, rows)
+  cut, key_cut = selected.cut, selected.key_cut
+  take = lambda x: None if x is None else selection.select(x, cut)
+  out, lse, dout, dlse = map(take, terms)
+  if not call.settings.mixing_gradient:
+    out, _ = _attend(call, selected)
+  grads = call.kernel.backward(
+    *selected.tensors,
+    selected.mask,
+    out,
+    lse,
+    dout,
+    dlse,
+    scale=call.settings.scale,
+  )
+  length, kv_heads = rows.query.shape[1], rows.key.shape[2]
+
+  def shared(x):  # the query heads of one key head add up
+    x = selection.put_back(x, key_cut, length)
+    return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).sum(3)
+
+  dquery, dkey, dvalue = grads
+  return selection.put_back(dquery, cut, length), shared(dkey), shared(dvalue)
+
+
+class _Selected(NamedTuple):
+  """What a kernel gets of a stretch, and how it was cut."""
+
+  tensors: tuple  # query, key, value
+  mask: kernels.Mask
+  zero_keys: Array | None  # how many a row meets
+  cut: selection.Cut
+  key_cut: selection.Cut
+
+
+def _attend(call, selected):
+  """Returns out and lse of the selected rows."""
+  out, lse = call.kernel.forward(
+    *selected.tensors, selected.mask, scale=call.settings.scale
+  )
+  if selected.zero_keys is None:
+    return out, lse
+  # A zero key has score 0 and value 0: m of them are one key of score log m.
+  zero_lse = jnp.log(selected.zero_keys.astype(lse.dtype))[:, :, None]
+  zero_lse = jnp.broadcast_to(zero_lse, lse.shape)
+  return attention.merge(out, lse, jnp.zeros_like(out), zero_lse)
+
+
+def _select(call, branch, first, rows):
+  """Returns the `_Selected` of a stretch."""
+  index, w, r = branch
+  length, kv_heads = rows.query.shape[1], rows.key.shape[2]
+  by_head = call.all_phases(r).reshape(call.place.parts, 1, kv_heads, -1)
+  dense = call.settings.platform == "tpu"
+  phases = call.own(by_head)
+  cut = selection.Cut(w, r, phases.reshape(1, -1, 1), dense)
+  if (by_head == by_head[..., :1]).all():
+    phases = phases[..., :1]
+  key_cut = cut._replace(phases=phases)
+  key, value = rows.key, rows.value
+  ends = None
+  if rows.lengths is not None:
+    ends = jnp.clip(rows.lengths - (call.place.start + first), 0, length)
+    key, value = (hide(x, ends) for x in (key, value))
+  tensors = (
+    selection.select(x, c).astype(call.product)
+    for x, c in ((rows.query, cut), (key, key_cut), (value, key_cut))
+  )
+  lengths, zero_keys = _key_counts(call, cut, length, ends, rows.lengths)
+  positions = call.place.start + first + selection.positions(cut, -(-length // w))
+  bits = tuple(call.bits(index, positions, side) for side in (0, 1))
+  mask = kernels.Mask(
+    is_causal=call.settings.is_causal,
+    lengths=lengths,
+    ids=tuple(
+      (selection.select_ids(x, cut), selection.select_ids(x, key_cut))
+      for x in rows.documents
+    ),
+    bits=None if bits[0] is None else bits,
+    dropout_rate=call.settings.dropout_rate,
+  )
+  return _Selected(tuple(tensors), mask, zero_keys, cut, key_cut)
+
+
+def hide(x, ends):
+  """Returns x (B, T, ...), zeros from `ends` (B,) on.
+
+  Nobody looks there, but there may be NaN, and 0 * NaN is NaN.
+  """
+  hidden = jnp.arange(x.shape[1])[None] >= ends[:, None]
+  hidden = hidden.reshape(*hidden.shape, *[1] * (x.ndim - 2))
+  return jnp.where(hidden, jnp.zeros((), x.dtype), x)
+
+
+def _key_counts(call, cut, length, ends, lengths):
+  """Returns how many keys and how many zero keys a row sees, (B, S, N).
+
+  None where it sees all of its segment, or all up to itself; and None where
+  there are no zero keys. With padding="zeros" every segment, of w or of the
+  whole sequence if that is shorter, is filled up to whole multiples of r.
+  """
+  w, r = cut.length, cut.rate
+  causal, zeros = call.settings.is_causal, call.settings.padding == "zeros"
+  ragged = length % w or w % r
+  if ends is None and (causal or not ragged):
+    return None, None
+  if ends is None:
+    ends = np.full((1,), length, np.int32)
+  starts = w * np.arange(-(-length // w), dtype=np.int32)
+  counts = selection.count(cut, ends[:, None] - starts[None])
+  if causal or not zeros:
+    return counts, None
+  whole = ends if lengths is None else lengths
+  slots = -(-jnp.minimum(whole, w) // r)
+  return counts, jnp.maximum(slots[:, None, None] - counts, 0)

@@ -1,0 +1,155 @@
+"""Which rows a head keeps, and where they go back to: two reshapes.
+
+A branch (w, r) cuts T positions into S segments of w rows; of every r rows a
+head keeps the one at its phase (eqs. 4-6 and section 2.3 of arXiv 2307.02486).
+With w filled up to R r rows,
+
+    select:    (B, T, K, ...) -> (B, S, R, r, K, ...) -> (B, S, R, N, ...)
+    put_back:  (B, S, R, N, ...) -> (B, S, R, r, N, ...) -> (B, T, N, ...)
+
+and each is the other's transpose. Batch and heads stay axes of their own from
+end to end, so arrays that are split over devices along them stay so.
+"""
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jaxtyping import Array, Int, Shaped
+import numpy as np
+
+Phases = Int[np.ndarray, "P K G"] | Int[Array, "P K G"]
+
+
+class Cut(NamedTuple):
+  """How rows are cut: segments of `length` rows, of which one in `rate` stays.
+
+  phases: (P, K, G), the row of every `rate` that is kept, for each of the G
+    selections from each of K heads; for each segment, or P = 1 for all. NumPy
+    where known before tracing.
+  dense: whether rows are selected by a masked sum, one pass over all of them
+    without an index (TPU), rather than by taking only what is kept.
+  """
+
+  length: int
+  rate: int
+  phases: Phases
+  dense: bool = False
+
+  @property
+  def kept(self) -> int:
+    """R, the most rows that are kept of a segment."""
+    return -(-self.length // self.rate)
+
+
+def select(
+  x: Shaped[Array, "B T K *rest"], cut: Cut
+) -> Shaped[Array, "B S R N *rest"]:
+  """Returns the rows that are kept; what lies past the end of x is 0."""
+  batch, _, heads, *rest = x.shape
+  x = _segments(x, cut)
+  if cut.rate == 1 and cut.phases.shape[2] == 1:
+    return x[:, :, :, 0]
+  found = _masked_sum(x, cut) if cut.dense else _taken(x, cut)
+  return found.reshape(batch, *found.shape[1:3], -1, *rest)
+
+
+def select_ids(ids: Int[Array, "B T"], cut: Cut) -> Int[Array, "B S R N"]:
+  """Returns the ids of the rows that are kept; N is 1 where all heads agree."""
+  phases = cut.phases.reshape(cut.phases.shape[0], 1, -1)
+  if cut.rate == 1:
+    phases = phases[..., :1]
+  return select(ids[:, :, None], cut._replace(phases=phases))
+
+
+def put_back(
+  rows: Shaped[Array, "B S R N *rest"], cut: Cut, length: int, fill: float = 0
+) -> Shaped[Array, "B T N *rest"]:
+  """Returns `length` rows, `fill` where a head has kept none.
+
+  A broadcast over the r phases and a mask, which compilers fuse with what
+  follows, where a scatter would run row by row.
+  """
+  batch, segments, kept, heads, *rest = rows.shape
+  own = np.ones((1, 1, 1))
+  if cut.rate > 1:
+    own = _own(cut).reshape(-1, cut.rate, heads)
+    own = own.reshape(1, -1, 1, cut.rate, heads, *[1] * len(rest))
+    rows = jnp.where(own, rows[:, :, :, None], jnp.asarray(fill, rows.dtype))
+  rows = rows.reshape(batch, segments, kept * cut.rate, heads, *rest)
+  rows = rows[:, :, : cut.length]
+  return rows.reshape(batch, -1, heads, *rest)[:, :length]
+
+
+def positions(cut: Cut, segments: int) -> Int[Array, "S R N"]:
+  """Returns the positions, from the first row on, that are kept."""
+  start = cut.length * np.arange(segments, dtype=np.int32)[:, None, None]
+  row = cut.rate * np.arange(cut.kept, dtype=np.int32)[None, :, None]
+  return (start + row) + _of_heads(cut)[:, None]
+
+
+def count(cut: Cut, rows: Int[Array, "B S"]) -> Int[Array, "B S N"]:
+  """Returns how many rows are kept of each segment's first `rows`."""
+  rows = jnp.clip(rows, 0, cut.length)[:, :, None]
+  return (rows - _of_heads(cut)[None] + (cut.rate - 1)) // cut.rate
+
+
+def _segments(x, cut):
+  """Returns (B, S, R, r, K, ...), zeros behind each segment and the end."""
+  batch, length, *rest = x.shape
+  segments = -(-length // cut.length)
+  x = _fill(x, 1, segments * cut.length)
+  x = x.reshape(batch, segments, cut.length, *rest)
+  x = _fill(x, 2, cut.kept * cut.rate)
+  return x.reshape(batch, segments, cut.kept, cut.rate, *rest)
+
+
+def _fill(x, axis, size):
+  if x.shape[axis] == size:
+    return x
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (0, size - x.shape[axis])
+  return jnp.pad(x, padding)
+
+
+def _own(cut):
+  """Returns (P, r, K, G), whether a row of r is kept."""
+  row = np.arange(cut.rate, dtype=np.int32)[None, :, None, None]
+  return row == cut.phases[:, None]
+
+
+def _of_heads(cut):
+  """Returns the phases (P, N)."""
+  return cut.phases.reshape(cut.phases.shape[0], -1)
+
+
+def _masked_sum(x, cut):
+  """Returns (B, S, R, K, G, ...) from (B, S, R, r, K, ...)."""
+  rest = x.ndim - 5
+  own = _own(cut)
+  own = own.reshape(1, own.shape[0], 1, *own.shape[1:], *[1] * rest)
+  x = jnp.expand_dims(x, 5)
+  return jnp.where(own, x, jnp.zeros((), x.dtype)).sum(3, dtype=x.dtype)
+
+
+def _taken(x, cut):
+  """As `_masked_sum`, reading only what is kept; S and K are batch axes."""
+  by_segment = cut.phases.shape[0] > 1
+  index = jnp.asarray(cut.phases if by_segment else cut.phases[0], jnp.int32)
+  batched = (1, 4) if by_segment else (4,)
+  sizes = [1 if axis in (3, *batched) else n for axis, n in enumerate(x.shape)]
+  ahead = (0, 2) if by_segment else (0, 1, 2)
+  return lax.gather(
+    x,
+    index[..., None],
+    lax.GatherDimensionNumbers(
+      offset_dims=(*ahead, *range(5, x.ndim)),
+      collapsed_slice_dims=(3,),
+      start_index_map=(3,),
+      operand_batching_dims=batched,
+      start_indices_batching_dims=tuple(range(len(batched))),
+    ),
+    slice_sizes=sizes,
+    mode="promise_in_bounds",
+  )
