@@ -13,7 +13,7 @@ import pathlib
 from absl import flags
 
 from experiments import benchmark_decode, command
-from longnet_jax import speed
+from longnet_jax import checked, speed
 from longnet_jax.analysis import speed_pictures
 
 _LENGTHS = flags.DEFINE_list(
@@ -64,7 +64,9 @@ def main(_) -> None:
   lengths = sorted(set(_ints("lengths", _LENGTHS.value)))
   for mode in _PASSES.value:
     if mode not in speed.MODES:
-      raise ValueError(f"--passes holds {mode!r}; use some of {speed.MODES}")
+      raise checked.RefusedError(
+        f"--passes holds {mode!r}; use some of {speed.MODES}"
+      )
   out = pathlib.Path(_OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   if _MODE.value == "decode":
@@ -142,7 +144,7 @@ def _line(record, batch):
 
 def _ints(name, texts):
   if not texts or not all(t.isdigit() and int(t) for t in texts):
-    raise ValueError(
+    raise checked.RefusedError(
       f"--{name} is {','.join(texts)!r}; give positive ints such as 2048,4096"
     )
   return tuple(int(t) for t in texts)

@@ -13,7 +13,7 @@ import re
 from absl import flags
 
 from experiments import command, parallel_tables, tables
-from longnet_jax import comparison, decode_speed
+from longnet_jax import checked, comparison, decode_speed
 from longnet_jax.analysis import pictures, speed_pictures
 
 _CHECK = flags.DEFINE_bool("check", False, "only compare the tables")
@@ -46,7 +46,7 @@ def main(_) -> None:
     if not _CHECK.value:
       path.write_text(rebuilt)
     elif rebuilt != text:
-      raise ValueError(
+      raise checked.RefusedError(
         f"{path.name} differs from docs/; run python -m experiments.report"
       )
   if _CHECK.value:
@@ -79,7 +79,7 @@ def _make(name):
   if name == "sample":
     return f"```\n{(DOCS / 'sample.txt').read_text().rstrip()}\n```"
   if name not in TABLES:
-    raise ValueError(
+    raise checked.RefusedError(
       f"no table {name!r}; a page may have sample, {', '.join(sorted(TABLES))}"
     )
   make, stem = TABLES[name]

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "longnet_jax"
-LAYERS = "ops parallel models data training interop analysis".split()
+LAYERS = "checked ops parallel models data training interop analysis".split()
 MODULES = sorted(ROOT.rglob("*.py"))
 
 

@@ -13,19 +13,32 @@ from longnet_jax.training import config as config_lib
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-def _error(function):
-  with pytest.raises(ValueError) as caught:
-    function()
-  return caught.value
+def _run(monkeypatch, main):
+  """Runs a command's main as absl would, without its flags."""
+  monkeypatch.setattr(command.app, "run", lambda main, **_: main([]))
+  monkeypatch.setattr(command.logging, "set_verbosity", lambda _: None)
+  command.run(main)
 
 
-def test_our_refusals_are_told_from_library_errors():
-  assert command.is_refusal(_error(lambda: config_lib.build({"modl": 1})))
-  assert not command.is_refusal(_error(lambda: json.loads("{")))
+@pytest.mark.parametrize(
+  "refuse",
+  [
+    lambda _: config_lib.build({"modl": 1}),
+    lambda _: pathlib.Path("/nowhere/x").read_text(),
+  ],
+)
+def test_what_we_or_the_system_refuse_has_no_traceback(
+  monkeypatch, capsys, refuse
+):
+  with pytest.raises(SystemExit):
+    _run(monkeypatch, refuse)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ")
 
 
-def test_the_system_may_refuse():
-  assert command.is_refusal(FileNotFoundError("x"))
+def test_an_error_of_a_library_keeps_its_traceback(monkeypatch):
+  with pytest.raises(json.JSONDecodeError):
+    _run(monkeypatch, lambda _: json.loads("{"))
 
 
 def test_a_refusal_is_one_line(capsys):
