@@ -25,9 +25,13 @@ _MODE = flags.DEFINE_enum(
 _PASSES = flags.DEFINE_list(
   "passes", list(speed.MODES), "of --mode=attention: which are timed"
 )
-_LAYERS = flags.DEFINE_integer("layers", 4, "layers of --mode=decode")
-_HEADS = flags.DEFINE_integer("heads", 12, "attention heads")
-_HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "width of a head")
+_LAYERS = flags.DEFINE_integer(
+  "layers", 4, "layers of --mode=decode", lower_bound=1
+)
+_HEADS = flags.DEFINE_integer("heads", 12, "attention heads", lower_bound=1)
+_HEAD_DIM = flags.DEFINE_integer(
+  "head_dim", 64, "width of a head", lower_bound=1
+)
 _SEGMENTS = flags.DEFINE_list(
   "segment_lengths", ["2048", "4096", "8192", "16384", "32768"], "w of branches"
 )

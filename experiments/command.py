@@ -20,6 +20,8 @@ _LOST = (
   "another process of this run has ended; see what it said, then start all "
   "again: they go on from the last checkpoint"
 )
+# How the library begins when a config file raises; a traceback follows.
+_IN_CONFIG = "Error whilst parsing config file"
 # How the parsers of flags begin to complain -> what they would take.
 _LEGAL = {
   ": invalid literal for int()": "a whole number such as 4",
@@ -82,6 +84,8 @@ def _explained(arguments: Sequence[str]):
   try:
     yield
   except flags.Error as error:
+    if _IN_CONFIG in str(error):
+      _fail_to_load(arguments, _first(error))
     fail(checked.RefusedError(_legal_value(str(error))))
   except (AttributeError, KeyError) as error:
     keys = [a.lstrip("-").partition("=")[0] for a in arguments]
@@ -91,11 +95,22 @@ def _explained(arguments: Sequence[str]):
         fail(checked.RefusedError(checked.unknown_key(key, known)))
     fail(error)
   except (OSError, ImportError, SyntaxError, TypeError) as error:
-    reason = str(error)
-    if isinstance(error, OSError):  # the library lists where it looked
-      reason = "no such file; use one such as configs/quickstart.py"
-    files = " ".join(a for a in arguments if a.startswith("--config="))
-    fail(checked.RefusedError(f"cannot load the config {files}: {reason}"))
+    _fail_to_load(arguments, error)
+
+
+def _fail_to_load(arguments, error):
+  reason = str(error)
+  if isinstance(error, OSError):  # the library lists where it looked
+    reason = "no such file; use one such as configs/quickstart.py"
+  files = " ".join(a for a in arguments if a.startswith("--config="))
+  fail(checked.RefusedError(f"cannot load the config {files}: {reason}"))
+
+
+def _first(error: BaseException) -> BaseException:
+  """The error during whose handling all others came."""
+  while error.__context__ is not None:
+    error = error.__context__
+  return error
 
 
 def _legal_value(message: str) -> str:

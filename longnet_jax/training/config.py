@@ -119,16 +119,18 @@ class ExperimentConfig:
     seed: of initial parameters and dropout; data has its own.
     model: what is trained.
     data: on what.
-    optimizer: by which rule.
     training: for how long.
+    optimizer: by which rule.
     mesh: on which devices.
   """
 
   seed: checked.Seed = 0
   model: model_config.LongNetConfig
   data: data_config.DataConfig
-  optimizer: OptimizerConfig
+  # Before the optimizer, whose decay_steps follow its steps: it is the one to
+  # name where these are illegal.
   training: TrainingConfig
+  optimizer: OptimizerConfig
   mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self):

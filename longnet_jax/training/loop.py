@@ -109,7 +109,9 @@ def run_steps(run, state, start, writer, save, stop) -> state_lib.TrainState:
       report.hold(step, metrics)
       validation = None
       if step % training.eval_every == 0 or step == training.steps:
-        validation = report.flush(lambda p=state.params: evaluate(run, p))
+        validation = report.flush(
+          functools.partial(evaluate, run, state.params)
+        )
       if last or step % training.checkpoint_every == 0:
         report.flush()
         with report.paused():

@@ -80,6 +80,11 @@ def test_a_key_is_changed(parse):
     ("--config.model.dropout_rate=x", "=x: it must be a number such as 0.1"),
     ("--config.model.deepnorm=maybe", "=maybe: it must be True or False"),
     ("--config.model.num_layer=1", "did you mean config.model.num_layers?"),
+    (
+      f"--config={ROOT}/configs/paper.py:1B",
+      "py:1B: the size is '1B'; it must",
+    ),
+    (f"--config={ROOT}/configs/base.py:x", "get_config() takes 0 positional"),
     ("--config=/nowhere.py", "--config=/nowhere.py: no such file; use one"),
   ],
 )
@@ -89,3 +94,4 @@ def test_flags_that_do_not_parse_are_one_line(parse, capsys, argument, message):
   (line,) = capsys.readouterr().err.splitlines()
   assert caught.value.code == 1
   assert line.startswith("error: ") and message in line
+  assert "Traceback" not in line
