@@ -69,7 +69,7 @@ def main(_) -> None:
   for mode in _PASSES.value:
     if mode not in speed.MODES:
       raise checked.RefusedError(
-        f"--passes holds {mode!r}; use some of {speed.MODES}"
+        f"--passes holds {checked.shown(mode)}; use some of {speed.MODES}"
       )
   out = pathlib.Path(_OUT.value)
   out.mkdir(parents=True, exist_ok=True)
@@ -148,9 +148,7 @@ def _line(record, batch):
 
 def _ints(name, texts):
   if not texts or not all(t.isdigit() and int(t) for t in texts):
-    raise checked.RefusedError(
-      f"--{name} is {','.join(texts)!r}; give positive ints such as 2048,4096"
-    )
+    checked.refuse(f"--{name}", ",".join(texts), "positive, such as 2048,4096")
   return tuple(int(t) for t in texts)
 
 

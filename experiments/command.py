@@ -118,7 +118,8 @@ def _legal_value(message: str) -> str:
   for complaint, legal in _LEGAL.items():
     flag, found, _ = message.partition(complaint)
     if found:
-      return f"{flag}: it must be {legal}"
+      name, _, value = flag.partition("=")
+      return f"{name}={checked.cut(value)}: it must be {legal}"
   return message
 
 

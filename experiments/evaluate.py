@@ -86,7 +86,7 @@ def evaluate_workdir(workdir: pathlib.Path, lengths: list[int]) -> dict:
 def _length(text: str) -> int:
   if not text.strip().isdigit() or int(text) < 1:
     raise checked.RefusedError(
-      f"--lengths has {text!r}; use whole numbers such as 2048"
+      f"--lengths has {checked.shown(text)}; use whole numbers such as 2048"
     )
   return int(text)
 
@@ -96,7 +96,7 @@ def _which(text: str) -> int | str:
     return int(text)
   if text not in ("latest", "best"):
     raise checked.RefusedError(
-      f"--checkpoint is {text!r}; use latest, best or a step"
+      f"--checkpoint is {checked.shown(text)}; use latest, best or a step"
     )
   return text
 

@@ -138,7 +138,7 @@ def _which(text: str) -> int | str:
     return int(text)
   if text not in ("latest", "best"):
     raise checked.RefusedError(
-      f"--checkpoint is {text!r}; use latest, best or a step"
+      f"--checkpoint is {checked.shown(text)}; use latest, best or a step"
     )
   return text
 

@@ -86,11 +86,16 @@ def refuse(name: str, value: Any, legal: str) -> NoReturn:
 
 
 def shown(value: Any) -> str:
-  """The repr of a value for a message, at most 80 characters of it."""
+  """At most 80 characters of the repr of a value."""
   try:
-    return _cut(repr(value))
+    return cut(repr(value))
   except ValueError:  # Python prints integers of up to 4300 digits
     return "a number of thousands of digits"
+
+
+def cut(text: str) -> str:
+  """At most 80 characters of a text."""
+  return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
 def check_fields(config: Any) -> None:
@@ -152,17 +157,13 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     if near
     else f"known: {', '.join(sorted(names.values()))}"
   )
-  return f"the config has no key {_cut(key)}; {hint}"
+  return f"the config has no key {cut(key)}; {hint}"
 
 
 def divisors(number: int) -> list[int]:
   """All divisors of a number from 1 on, in order: what a refusal may advise."""
   small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
   return sorted({*small, *(number // n for n in small)})
-
-
-def _cut(text):
-  return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
 @functools.cache

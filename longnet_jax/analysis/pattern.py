@@ -54,7 +54,8 @@ class Pattern:
       )
     if self.head_phase not in HEAD_PHASES:
       raise checked.RefusedError(
-        f"head_phase is {self.head_phase!r}: choose one of {HEAD_PHASES}"
+        f"head_phase is {checked.shown(self.head_phase)}: choose one of"
+        f" {HEAD_PHASES}"
       )
 
   @property
@@ -76,7 +77,9 @@ def as_int(name: str, value: int) -> int:
       raise TypeError
     number = operator.index(value)
   except TypeError:
-    raise checked.RefusedError(f"{name} is {value!r}: must be an int") from None
+    raise checked.RefusedError(
+      f"{name} is {checked.shown(value)}: must be an int"
+    ) from None
   if number < 1:
     raise checked.RefusedError(f"{name} is {value}: must be 1 or more")
   return number
@@ -87,7 +90,9 @@ def index(name: str, value: int, size: int) -> int:
   try:
     number = operator.index(value)
   except TypeError:
-    raise checked.RefusedError(f"{name} is {value!r}: must be an int") from None
+    raise checked.RefusedError(
+      f"{name} is {checked.shown(value)}: must be an int"
+    ) from None
   if not 0 <= number < size:
     raise checked.RefusedError(f"{name} is {value}: must be in 0 .. {size - 1}")
   return number
@@ -96,7 +101,8 @@ def index(name: str, value: int, size: int) -> int:
 def _ints(name, values):
   if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
     raise checked.RefusedError(
-      f"{name} is {values!r}: give a sequence of ints such as (2048, 4096)"
+      f"{name} is {checked.shown(values)}: give a sequence of ints such as"
+      " (2048, 4096)"
     )
   return tuple(as_int(f"an entry of {name}", value) for value in values)
 

@@ -58,7 +58,7 @@ def suggest(
     raise checked.RefusedError(f"ratio is {ratio}: must be 2 or more")
   if not isinstance(budget, numbers.Real) or not budget > 0:
     raise checked.RefusedError(
-      f"budget is {budget!r}: must be a number of FLOPs above 0"
+      f"budget is {checked.shown(budget)}: must be a number of FLOPs above 0"
     )
   suggestions = [
     _priced(

@@ -65,8 +65,8 @@ class Documents:
     ]
     if self._feature not in texts:
       raise checked.RefusedError(
-        f"text_feature is {self._feature!r}; the text features of {dataset} "
-        f"are: {', '.join(texts) or 'none'}"
+        f"text_feature is {checked.shown(self._feature)}; the text features "
+        f"of {dataset} are: {', '.join(texts) or 'none'}"
       )
 
 
@@ -89,8 +89,8 @@ def _carved(config: config_lib.DataConfig, own: set[str]) -> dict[str, float]:
   """Held-out split -> its share of "train", for those that are not stored."""
   if "train" not in own:
     raise checked.RefusedError(
-      f"dataset {config.dataset!r} has splits {', '.join(sorted(own))}; it "
-      "must have one named train"
+      f"dataset {checked.shown(config.dataset)} has splits "
+      f"{', '.join(sorted(own))}; it must have one named train"
     )
   shares = {
     "validation": config.validation_fraction,
@@ -112,8 +112,8 @@ def _find(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
     some = sorted(named or found)
     listed = ", ".join(some[:20]) + (", ..." if len(some) > 20 else "")
     raise checked.RefusedError(
-      f"dataset is {config.dataset!r}; it must be source_code, needle or a "
-      f"tfds dataset prepared in {data_dir!r}, which holds: "
+      f"dataset is {checked.shown(config.dataset)}; it must be source_code, "
+      f"needle or a tfds dataset prepared in {data_dir!r}, which holds: "
       f"{listed or 'none'}. Prepare one with tfds.builder(NAME, "
       "data_dir=..., file_format='array_record').download_and_prepare()"
     )
@@ -122,7 +122,7 @@ def _find(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
   file_format = builder.info.file_format.value
   if file_format != "array_record":
     raise checked.RefusedError(
-      f"dataset {config.dataset!r} at {str(path)!r} is stored as "
+      f"dataset {checked.shown(config.dataset)} at {str(path)!r} is stored as "
       f"{file_format}; prepare it again with file_format='array_record'"
     )
   return builder

@@ -74,9 +74,7 @@ def make_source(
 ) -> Source:
   """The windows of a split: "train", "validation" or "test"."""
   if split not in config_lib.SPLITS:
-    raise checked.RefusedError(
-      f"split is {split!r}; it must be one of {', '.join(config_lib.SPLITS)}"
-    )
+    checked.refuse("split", split, f"one of {', '.join(config_lib.SPLITS)}")
   if config.dataset == "needle":
     return needle.Needle(config, split)
   return windows.Windows(

@@ -128,7 +128,7 @@ def released_segment_lengths(
     if type(size) is not int or size < tile_size or size < 1:
       raise checked.RefusedError(
         f"{name} must be pixels, such as {_DEFAULTS[name]}, and max_wsi_size"
-        f" at least tile_size; got {size!r}"
+        f" at least tile_size; got {checked.shown(size)}"
       )
   longest = int(math.log2((max_wsi_size // tile_size) ** 2))
   exponents = np.linspace(10, longest, len(_DILATION_RATES))

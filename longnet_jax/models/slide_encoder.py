@@ -100,7 +100,7 @@ class SlideEncoder(nn.Module):
     """
     if pool not in POOLS:
       raise checked.RefusedError(
-        f"pool is {pool!r}; use one of {', '.join(POOLS)}"
+        f"pool is {checked.shown(pool)}; use one of {', '.join(POOLS)}"
       )
     mask = _real_tiles(num_tiles, tiles.shape[1])
     pooled = lambda x: self._pool(x, mask, pool)

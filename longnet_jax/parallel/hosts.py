@@ -163,8 +163,8 @@ def _check_arguments(coordinator, num_processes, process_id):
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdigit() or not 0 < int(port) < 65536:
     raise checked.RefusedError(
-      f"coordinator is {coordinator!r}; give the host of process 0 and a free "
-      "port, such as 10.0.0.1:8476"
+      f"coordinator is {checked.shown(coordinator)}; give the host of process "
+      "0 and a free port, such as 10.0.0.1:8476"
     )
 
 

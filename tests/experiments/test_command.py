@@ -77,6 +77,7 @@ def test_a_key_is_changed(parse):
   "argument, message",
   [
     ("--config.model.num_layers=1.5", "1.5: it must be a whole number"),
+    ("--config.model.num_layers=" + "x" * 99, "x" * 77 + "...: it must be a"),
     ("--config.model.dropout_rate=x", "=x: it must be a number such as 0.1"),
     ("--config.model.deepnorm=maybe", "=maybe: it must be True or False"),
     ("--config.model.num_layer=1", "did you mean config.model.num_layers?"),
