@@ -7,8 +7,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "longnet_jax"
 LAYERS = [
-  "pattern",
   "checked",
+  "pattern",
   "ops",
   "parallel",
   "models",

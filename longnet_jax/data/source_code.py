@@ -14,6 +14,7 @@ import sysconfig
 
 import tensorflow_datasets as tfds
 
+from longnet_jax import checked
 from longnet_jax.data import cache
 from longnet_jax.data import config as config_lib
 
@@ -114,13 +115,15 @@ def scan(
   """
   root = pathlib.Path(folder)
   if not root.is_dir():
-    raise ValueError(f"folder is {folder!r}; it must be an existing folder")
+    raise checked.RefusedError(
+      f"folder is {folder!r}; it must be an existing folder"
+    )
   files = []
   for path in _walk(root, include, exclude):
     content = path.read_bytes()
     name = path.relative_to(root).as_posix()
     if b"\0" in content:
-      raise ValueError(
+      raise checked.RefusedError(
         f"{name!r} in folder {folder!r} is a binary file (zero byte at "
         f"{content.index(0)}); add {path.name!r} to exclude, or narrow include"
       )
@@ -128,7 +131,7 @@ def scan(
       blank = not content.strip()
       files.append(SourceFile(name, _digest(content), blank))
   if not files:
-    raise ValueError(
+    raise checked.RefusedError(
       f"folder {folder!r} holds no file that is not empty and matches include "
       f"{tuple(include)}; choose another folder or pattern, such as ('*.c',)"
     )
@@ -164,7 +167,7 @@ def split_documents(
   splits |= {"validation": []} if validation_fraction else {}
   splits |= {"test": []} if test_fraction else {}
   if len(groups) < len(splits):
-    raise ValueError(
+    raise checked.RefusedError(
       f"the folder makes {len(groups)} different document(s), fewer than the "
       f"{len(splits)} splits ({', '.join(splits)}); add files, choose level "
       "'file', or set validation_fraction or test_fraction to 0"
@@ -257,7 +260,9 @@ def _walk(
 def _read(folder: pathlib.Path, file: SourceFile) -> bytes:
   content = (folder / file.path).read_bytes()
   if _digest(content) != file.digest:
-    raise ValueError(f"{os.fspath(folder / file.path)!r} changed while read")
+    raise checked.RefusedError(
+      f"{os.fspath(folder / file.path)!r} changed while read"
+    )
   return content
 
 

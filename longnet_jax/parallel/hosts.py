@@ -17,6 +17,8 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from longnet_jax import checked
+
 # Seconds that a failed process 0 gives the others to fail in the same way.
 _PATIENCE = 5
 
@@ -46,7 +48,9 @@ def start(
   _check_arguments(coordinator, num_processes, process_id)
   if fake_devices is not None:
     if fake_devices < 1:
-      raise ValueError(f"fake_devices is {fake_devices}; choose 1 or more")
+      raise checked.RefusedError(
+        f"fake_devices is {fake_devices}; choose 1 or more"
+      )
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", fake_devices)
   if coordinator is not None:
@@ -69,7 +73,7 @@ def start(
     jax.distributed.initialize(**found)
   except (RuntimeError, ValueError, OSError) as error:
     where = coordinator or "what the TPU pod or SLURM names"
-    raise ValueError(
+    raise checked.RefusedError(
       f"cannot join the other processes at {where}: {_first_line(error)}; "
       "start all processes, with an address and a free port of process 0 that "
       "every host reaches, or give --num_processes=1 to run alone"
@@ -103,7 +107,7 @@ def check_equal(values: Mapping[str, str]) -> None:
   for process, row in enumerate(differs):
     names = [n for n, differ in zip(values, row, strict=True) if differ]
     if names:
-      raise ValueError(
+      raise checked.RefusedError(
         f"process {process} and process 0 differ in their {', '.join(names)}; "
         "give every host the same command and the same files"
       )
@@ -134,7 +138,9 @@ def leave(code: int) -> None:
 
 def _check_arguments(coordinator, num_processes, process_id):
   if num_processes is not None and num_processes < 1:
-    raise ValueError(f"num_processes is {num_processes}; choose 1 or more")
+    raise checked.RefusedError(
+      f"num_processes is {num_processes}; choose 1 or more"
+    )
   if coordinator is None and process_id is None and num_processes in (None, 1):
     return
   given = {
@@ -144,21 +150,21 @@ def _check_arguments(coordinator, num_processes, process_id):
   }
   missing = [f"--{name}" for name, value in given.items() if value is None]
   if missing:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{' and '.join(missing)} not given; --coordinator=HOST:PORT, "
       "--num_processes=N and --process_id=I go together, or leave all out on "
       "a TPU pod, under SLURM and on one machine"
     )
   if not 0 <= process_id < num_processes:
-    raise ValueError(
+    raise checked.RefusedError(
       f"process_id is {process_id}; choose 0 to {num_processes - 1}, as "
       f"num_processes is {num_processes}"
     )
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdigit() or not 0 < int(port) < 65536:
-    raise ValueError(
-      f"coordinator is {coordinator!r}; give the host of process 0 and a free "
-      "port, such as 10.0.0.1:8476"
+    raise checked.RefusedError(
+      f"coordinator is {checked.shown(coordinator)}; give the host of process "
+      "0 and a free port, such as 10.0.0.1:8476"
     )
 
 

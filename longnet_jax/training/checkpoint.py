@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from longnet_jax import checked
 from longnet_jax.models import config as model_config
 from longnet_jax.models import longvit, slide_encoder
 from longnet_jax.parallel import hosts
@@ -42,7 +43,7 @@ MODEL_KEYS = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(checked.RefusedError):
   """A checkpoint that cannot be written or read, and what to do."""
 
 

@@ -9,6 +9,7 @@ import signal
 import jax
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.data import pipeline
 from longnet_jax.parallel import hosts, sharding
 from longnet_jax.training import checkpoint, curves, stopping
@@ -86,7 +87,7 @@ def restore_or_init(
   recorded = checkpoints.restore_json(step, "data")
   for name, value in run.fingerprints.items():
     if recorded[name] != value:
-      raise ValueError(
+      raise checked.RefusedError(
         f"the {name} of this run was {recorded[name]} at step {step} and is "
         f"now {value}; bring back the files it was made from or choose "
         "another --workdir"
@@ -108,7 +109,9 @@ def run_steps(run, state, start, writer, save, stop) -> state_lib.TrainState:
       report.hold(step, metrics)
       validation = None
       if step % training.eval_every == 0 or step == training.steps:
-        validation = report.flush(lambda p=state.params: evaluate(run, p))
+        validation = report.flush(
+          functools.partial(evaluate, run, state.params)
+        )
       if last or step % training.checkpoint_every == 0:
         report.flush()
         with report.paused():

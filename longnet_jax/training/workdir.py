@@ -16,6 +16,7 @@ import tempfile
 
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.parallel import hosts
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import run as run_lib
@@ -47,12 +48,12 @@ def read_config(workdir) -> config_lib.ExperimentConfig:
   path = config_path(workdir)
   if not path.exists():
     if (pathlib.Path(workdir) / "checkpoints").is_dir():
-      raise ValueError(
+      raise checked.RefusedError(
         f"{workdir} holds no language model; read an imported encoder with "
         "longnet_jax.load_checkpoint, one of slides with "
         "experiments.encode_slide"
       )
-    raise ValueError(
+    raise checked.RefusedError(
       f"{workdir} holds no config.json; give the --workdir of a training run"
     )
   return config_lib.build(_load(path))
@@ -75,7 +76,7 @@ def check(workdir, settings: dict) -> None:
   }
   if changed:
     listed = ", ".join(
-      f"{key} was {old!r} and is now {new!r}"
+      f"{key} was {checked.shown(old)} and is now {checked.shown(new)}"
       for key, (old, new) in changed.items()
     )
     advice = "choose another --workdir or the old values"
@@ -84,7 +85,7 @@ def check(workdir, settings: dict) -> None:
       advice += (
         f"; to train on at the final rate: --config.optimizer.decay_steps={old}"
       )
-    raise ValueError(
+    raise checked.RefusedError(
       f"{workdir} belongs to a run with another config: {listed}; {advice}"
     )
 
@@ -128,7 +129,7 @@ def _load(path):
   try:
     return json.loads(path.read_text())
   except ValueError as error:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{path} is not JSON ({error}); restore it or choose another --workdir"
     ) from error
 
@@ -144,7 +145,7 @@ def _check_shared(folder):
   if hosts.is_first():
     probe.unlink()
   if len(blind):
-    raise ValueError(
+    raise checked.RefusedError(
       f"workdir {folder} is another folder on process {blind[0]} than on "
       "process 0; choose one that all hosts share, such as a network disk"
     )
@@ -155,12 +156,12 @@ def _check_writable(folder):
   while not folder.exists():
     folder = folder.parent
   if not folder.is_dir():
-    raise ValueError(f"workdir {folder} is a file; choose a folder")
+    raise checked.RefusedError(f"workdir {folder} is a file; choose a folder")
   try:
     with tempfile.TemporaryFile(dir=folder) as probe:
       probe.write(bytes(4096))
   except OSError as error:
-    raise ValueError(
+    raise checked.RefusedError(
       f"cannot write into {folder} ({error.strerror}); choose a --workdir "
       "that can be written and has space"
     ) from error
