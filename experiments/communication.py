@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longnet_jax.analysis import collectives
-from longnet_jax.ops import windows
+from longnet_jax.ops import kernels
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.parallel import sequence
 
@@ -73,7 +73,7 @@ def compile_layer(
 
   platform = devices[0].platform
   start = time.process_time()
-  with windows.compiling_for(platform):
+  with kernels.compiling_for(platform):
     # What the forward pass leaves behind is an argument, so that its
     # collectives are not counted again.
     _, pull = jax.eval_shape(functools.partial(jax.vjp, attend), *(rows,) * 3)
@@ -100,7 +100,7 @@ def table(layer: Layer, compiled: Compiled) -> list[dict]:
     ("forward", compiled.forward),
     ("backward", compiled.backward),
   ):
-    with windows.compiling_for(compiled.platform):
+    with kernels.compiling_for(compiled.platform):
       formula, branches = expected(layer, name)
     measured = collections.Counter()
     for found in collectives.collectives(text):

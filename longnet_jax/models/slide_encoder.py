@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Real
 from longnet_jax import checked
 from longnet_jax.models import attention, layers, transformer
 from longnet_jax.models import config as config_lib
-from longnet_jax.ops import rotary, zero_keys
+from longnet_jax.ops import rotary
 
 POOLS = ("cls", "mean")
 _POSITION_BASE = 10_000.0
@@ -206,31 +206,9 @@ def _make_core(config):
   if config.attention != "dilated" or config.padding == "mask":
     return core
 
-  def attend(query, key, value, *, is_causal, segment_ids, **options):
-    if segment_ids is None:
-      return core(
-        query,
-        key,
-        value,
-        is_causal=is_causal,
-        segment_ids=None,
-        **options,
-      )
-    if not config.mixing_gradient:
-      raise checked.RefusedError(
-        "mixing_gradient=False is not available for padded slides with"
-        " padding='zeros'; use mixing_gradient=True or slides of one size"
-      )
-    return zero_keys.zero_key_attention(
-      query,
-      key,
-      value,
-      lengths=segment_ids.sum(1),
-      segment_lengths=config.segment_lengths,
-      dilation_rates=config.dilation_rates,
-      head_phase=config.head_phase,
-      **options,
-    )
+  def attend(query, key, value, *, segment_ids, **options):
+    lengths = None if segment_ids is None else segment_ids.sum(1)
+    return core(query, key, value, key_value_seq_lengths=lengths, **options)
 
   return attend
 

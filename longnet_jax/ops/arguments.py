@@ -1,6 +1,7 @@
 """The arguments of dilated attention, and the refusal of bad ones."""
 
 from collections.abc import Sequence
+import contextlib
 import math
 import operator
 from typing import Any, NamedTuple
@@ -231,6 +232,20 @@ def check_implementation(implementation, axis_name):
     raise ValueError(
       "implementation='reference' cannot be combined with axis_name; use None"
     )
+
+
+@contextlib.contextmanager
+def forward_mode_explained():
+  """Says what to do where JAX refuses to differentiate in forward mode."""
+  try:
+    yield
+  except TypeError as error:
+    if "forward-mode" not in str(error):
+      raise
+    raise TypeError(
+      f"{error} Use implementation='reference' for forward-mode derivatives of "
+      "dilated attention, or reverse mode (jax.grad, jax.vjp)."
+    ) from error
 
 
 def _ints(name, x, shape):

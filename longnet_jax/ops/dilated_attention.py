@@ -132,9 +132,10 @@ def dilated_attention(
     out = out.astype(tensors[0].dtype)
   else:
     layout = sharded.make_layout(axis_name)
-    out, lse = mixture.attend(
-      settings, layout, inputs, return_residual=return_residual
-    )
+    with arguments.forward_mode_explained():
+      out, lse = mixture.attend(
+        settings, layout, inputs, return_residual=return_residual
+      )
   if single:
     out, lse = out[0], None if lse is None else lse[0]
   return (out, lse) if return_residual else out

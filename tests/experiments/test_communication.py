@@ -1,10 +1,13 @@
 """Bytes by formula are those of the compiled programs, both passes."""
 
+import re
+
 import jax
 from jax import numpy as jnp
 
 from experiments import communication
-from longnet_jax.ops import problem, windows
+import longnet_jax
+from longnet_jax.ops import kernels
 
 
 def test_the_formula_is_what_the_compiled_layer_receives():
@@ -42,9 +45,21 @@ def test_what_one_side_alone_knows_of_is_a_row():
 
 
 def test_a_program_may_be_made_for_another_platform():
-  here = windows.device_sizes()
-  with windows.compiling_for("tpu"):
-    assert windows.device_sizes() == windows.SIZES["tpu"] != here
-    assert problem.product_dtype(jnp.dtype("bfloat16")) == jnp.bfloat16
-  assert windows.device_sizes() == here
-  assert windows.platform() == jax.default_backend()
+  here = kernels.platform()
+  shape = jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.bfloat16)
+
+  def program():  # anew each time: JAX keeps what it has traced
+    attend = lambda x: longnet_jax.dilated_attention(
+      x, x, x, segment_lengths=(8,), dilation_rates=(2,)
+    )
+    return str(jax.make_jaxpr(attend)(shape))
+
+  with kernels.compiling_for("tpu"):
+    assert kernels.platform() == "tpu" != here
+    on_tpu = program()
+  assert kernels.platform() == here == jax.default_backend()
+  on_cpu = program()
+  # Rows are selected by sums there, and products take bfloat16.
+  assert "gather" in on_cpu and "gather" not in on_tpu
+  scaled = r":bf16\S* = mul "
+  assert re.search(scaled, on_tpu) and not re.search(scaled, on_cpu)

@@ -214,5 +214,3 @@ def test_refuses_inputs():
     _apply(_CONFIG, tiles, coords[:, :3])
   with pytest.raises(ValueError, match="pool is 'max'; use one of cls, mean"):
     _apply(_CONFIG, tiles, coords, pool="max")
-  with pytest.raises(ValueError, match="mixing_gradient=False"):
-    _apply(_change(mixing_gradient=False), tiles, coords, np.array([3]))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longnet_jax.ops import dilated_attention, zero_keys
+from longnet_jax.ops import dilated_attention
 
 _SEGMENTS, _RATES = (6, 10, 40), (1, 3, 4)
 _BRANCHES = {
@@ -15,6 +15,9 @@ _BRANCHES = {
   "dilation_rates": _RATES,
   "head_phase": "blocked",
 }
+_ATTEND = functools.partial(
+  dilated_attention.dilated_attention, padding="zeros"
+)
 _HEADS = 5
 # Within one segment, a full last segment, a ragged one, and all of it.
 _LENGTHS = (1, 5, 12, 17, 23)
@@ -64,22 +67,12 @@ def _alone(query, key, value, length):
 
 
 def test_each_sequence_gets_what_it_gets_alone(inputs):
-  attend = jax.jit(functools.partial(zero_keys.zero_key_attention, **_BRANCHES))
-  batch = attend(*inputs, lengths=np.array(_LENGTHS))
+  attend = jax.jit(functools.partial(_ATTEND, **_BRANCHES))
+  batch = attend(*inputs, key_value_seq_lengths=np.array(_LENGTHS))
   assert np.isfinite(batch).all()
   for i, length in enumerate(_LENGTHS):
     expected = _alone(*(x[i].astype(np.float64) for x in inputs), length)
     np.testing.assert_allclose(batch[i, :length], expected, atol=1e-5)
-
-
-def test_counts_are_those_of_the_enumeration():
-  found = zero_keys.count_zero_keys(
-    jnp.array(_LENGTHS), _LONGEST, _HEADS, **_BRANCHES
-  )
-  for b, length in enumerate(_LENGTHS):
-    for row in range(length):
-      expected = [(_keys_of(row, h, length) < 0).sum() for h in range(_HEADS)]
-      assert found[b, row].tolist() == expected
 
 
 def test_gradients_are_those_alone(inputs):
@@ -91,15 +84,13 @@ def test_gradients_are_those_alone(inputs):
   @jax.grad
   def padded(inputs):
     lengths = jnp.array([length])
-    out = zero_keys.zero_key_attention(*inputs, lengths=lengths, **_BRANCHES)
+    out = _ATTEND(*inputs, **_BRANCHES, key_value_seq_lengths=lengths)
     return (out[:, :length] * weights).sum()
 
   @jax.jit
   @jax.grad
   def alone(inputs):
-    out = dilated_attention.dilated_attention(
-      *inputs, **_BRANCHES, padding="zeros", implementation="reference"
-    )
+    out = _ATTEND(*inputs, **_BRANCHES, implementation="reference")
     return (out * weights).sum()
 
   found = padded([x[:1] for x in inputs])
