@@ -11,6 +11,7 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+
 def row_bits(
   seed: UInt32[Array, ""], *coordinates: Int[Array, "..."] | int
 ) -> UInt32[Array, "..."]:

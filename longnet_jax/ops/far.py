@@ -19,7 +19,7 @@ from jax import lax
 from jax import numpy as jnp
 import numpy as np
 
-from longnet_jax.ops import attention, exchange, kernels, near, selection
+from longnet_jax.ops import attention, exchange, kernels, selection
 
 
 class Keys(NamedTuple):
@@ -37,8 +37,6 @@ def gather(call, far) -> tuple[Keys, Keys]:
   """Returns the keys that a device has itself, and those of all slots."""
   inputs = call.inputs
   both = jnp.concatenate([inputs.key, inputs.value], axis=-1)
-  if inputs.lengths is not None:
-    both = near.hide(both, inputs.lengths - call.place.start)
   cut = _cut(call, far, call.own(far.phases))
   documents = tuple(selection.select_ids(x, cut) for x in inputs.documents)
   own = Keys(selection.select(both, cut), documents)
@@ -192,8 +190,7 @@ def _device(call):
 def _cut(call, far, phases):
   """Returns how the device's rows are cut; phases (K, G) as of segments."""
   rotated = _rotated(call, far, _device(call)[None], phases)
-  dense = call.settings.platform == "tpu"
-  return selection.Cut(far.piece, far.branch[1], rotated[0], dense)
+  return selection.Cut(far.piece, far.branch[1], rotated[0], call.dense)
 
 
 def _rotated(call, far, devices, phases):
@@ -208,7 +205,7 @@ def _rotated(call, far, devices, phases):
 
 
 def _positions(call, far, devices, phases):
-  """Returns the position of each place (n, N) of devices, and which are rows."""
+  """Returns the positions (n, N) of all places, and which of them are rows."""
   length, r = call.inputs.query.shape[1], far.branch[1]
   rotated = _rotated(call, far, devices, phases)[:, :, None]
   row = r * np.arange(-(-far.piece // r), dtype=np.int32)

@@ -26,8 +26,9 @@ from jax import numpy as jnp
 from longnet_jax.ops import arguments, attention, far, kernels, sharded
 from longnet_jax.ops import near as near_lib
 
-# Elements of the query that windows are computed together for.
-WINDOW = 2**23
+# Elements of the query in a window, and of those selected in a stretch: shorter
+# windows and segments are computed together.
+WINDOW, STRETCH = 2**23, 2**21
 
 
 def attend(settings, layout, inputs, *, return_residual):
@@ -65,9 +66,8 @@ def _forward(settings, layout, return_residual, inputs):
   # First, so that they can run while the near branches are computed.
   arrived = [far.gather(call, branch) for branch in distant]
 
-  def step(branch, first, rows, total):
-    found = near_lib.forward(call, branch, first, rows)
-    return attention.merge(*total, *found)
+  def step(stretch, total):
+    return attention.merge(*total, *near_lib.forward(call, stretch))
 
   dtype = call.wide if distant else inputs.query.dtype
 
@@ -75,7 +75,7 @@ def _forward(settings, layout, return_residual, inputs):
     out = jnp.zeros_like(rows.query, call.wide)
     return out, jnp.full_like(out[..., 0], -jnp.inf)
 
-  total = _over_windows(call, near, step, inputs, nothing, dtype)
+  total = _over_windows(call, near, step, nothing, dtype)
   for branch, keys in zip(distant, arrived, strict=True):
     found = far.forward(call, branch, keys)
     total = attention.merge(*total, *found) if total else found
@@ -93,9 +93,8 @@ def _backward(settings, layout, return_residual, residuals, grads):
   terms = out, lse, dout, dlse if return_residual else None
   call, near, distant = _branches(settings, layout, inputs)
 
-  def step(branch, first, rows, total):
-    rows, terms = rows
-    found = near_lib.backward(call, branch, first, rows, terms)
+  def step(stretch, total):
+    found = near_lib.backward(call, stretch, terms)
     return tuple(map(jnp.add, total, found))
 
   dtype = call.wide if distant else inputs.query.dtype
@@ -105,7 +104,7 @@ def _backward(settings, layout, return_residual, residuals, grads):
 
   with jax.default_matmul_precision(settings.precision):
     arrived = [far.gather(call, branch) for branch in distant]
-    total = _over_windows(call, near, step, (inputs, terms), nothing, dtype)
+    total = _over_windows(call, near, step, nothing, dtype)
     for branch, keys in zip(distant, arrived, strict=True):
       found = far.backward(call, branch, keys, terms)
       total = tuple(map(jnp.add, total, found)) if total else found
@@ -134,14 +133,13 @@ def _branches(settings, layout, inputs):
   return near_lib.Call(settings, kernel, inputs, place), *branches
 
 
-def _over_windows(call, branches, step, arrays, nothing, dtype):
+def _over_windows(call, branches, step, nothing, dtype):
   """Returns what all near branches come to, a tuple of (B, T, ...), or None.
 
   Args:
     call: the `near.Call`.
     branches: (index, w, r) of each.
-    step: (branch, first, rows of `arrays`, their total) -> their new total.
-    arrays: pytree of (B, T, ...); what has no axis T stays whole.
+    step: (`near.Stretch`, total of its rows) -> their new total.
     nothing: (rows of the inputs) -> their total before any branch.
     dtype: type of the results; the total of one window is wider.
   """
@@ -149,8 +147,8 @@ def _over_windows(call, branches, step, arrays, nothing, dtype):
     return None
 
   def one_stretch(branch, start, first, size, total):
-    rows = _slice(arrays, start + first, size)
-    found = step(branch, start + first, rows, _slice(total, first, size))
+    stretch = near_lib.Stretch(*branch, start + first, size)
+    found = step(stretch, _slice(total, first, size))
     return _update(total, found, first)
 
   def one_window(start, size):
@@ -195,10 +193,11 @@ def _window(call, branches):
 
 
 def _together(call, branch):
-  """Returns the rows of the segments that are attended to at once."""
+  """Returns the rows of the segments that are selected at once."""
   _, w, r = branch
-  batch, _, heads, _ = call.inputs.query.shape
-  return w * call.kernel.together(-(-w // r), _known(batch) * heads)
+  batch, _, heads, width = call.inputs.query.shape
+  selected = -(-w // r) * _known(batch) * heads * width
+  return w * max(1, STRETCH // selected)
 
 
 def _known(batch):

@@ -5,9 +5,9 @@ that a head keeps of a segment are in order, so that what a row may see is a
 prefix of them: causality, ragged ends and lengths need no more than that.
 """
 
+import functools
 from typing import NamedTuple
 
-import jax
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Int
@@ -52,6 +52,11 @@ class Call(NamedTuple):
       return dtype
     return self.wide
 
+  @property
+  def dense(self) -> bool:
+    """Whether rows are selected by sums, as suits TPU, not by index."""
+    return self.settings.platform == "tpu"
+
   def all_phases(self, rate: int) -> np.ndarray:
     """Returns the phases (parts, N) of all heads, also of other devices."""
     parts, heads = self.place.parts, self.inputs.query.shape[2]
@@ -77,39 +82,47 @@ class Call(NamedTuple):
     )
 
 
-def forward(call, branch, first, rows):
-  """Returns out (B, T, N, H) and lse (B, T, N) of a stretch.
+class Stretch(NamedTuple):
+  """Some segments of a branch (w, r) inside a device's part.
 
-  Args:
-    call: the `Call`.
-    branch: (index, w, r).
-    first: its first row in the device's part; may be traced.
-    rows: the `arguments.Inputs` of the stretch.
+  index: the branch's place among all.
+  first: the first row; may be traced.
+  length: rows, T.
   """
-  selected = _select(call, branch, first, rows)
+
+  index: int
+  w: int
+  r: int
+  first: Array | int
+  length: int
+
+
+def forward(call: Call, stretch: Stretch):
+  """Returns out (B, T, N, H) and lse (B, T, N) of a stretch."""
+  selected = _select(call, stretch)
   out, lse = _attend(call, selected)
-  length = rows.query.shape[1]
-  put_back = lambda x, fill: selection.put_back(x, selected.cut, length, fill)
-  return put_back(out, 0), put_back(lse, -jnp.inf)
+  put_back = functools.partial(
+    selection.put_back, cut=selected.cut, length=stretch.length
+  )
+  return put_back(out), put_back(lse, fill=-jnp.inf)
 
 
-def backward(call, branch, first, rows, terms):
+def backward(call: Call, stretch: Stretch, terms: tuple):
   """Returns dquery (B, T, N, H) and dkey, dvalue (B, T, K, H) of a stretch.
 
-  Args:
-    call: the `Call`.
-    branch: (index, w, r).
-    first: its first row in the device's part; may be traced.
-    rows: the `arguments.Inputs` of the stretch.
-    terms: out, lse, dout, dlse (or None) of the mixture, of the stretch.
+  `terms` are out, lse, dout, dlse (or None) of the mixture, of all rows.
   """
-  selected = _select(call, branch, first, rows)
-  cut, key_cut = selected.cut, selected.key_cut
-  take = lambda x: None if x is None else selection.select(x, cut)
-  out, lse, dout, dlse = map(take, terms)
+  selected = _select(call, stretch)
+  take = functools.partial(
+    selection.select,
+    cut=selected.cut,
+    first=stretch.first,
+    length=stretch.length,
+  )
+  out, lse, dout, dlse = (None if x is None else take(x) for x in terms)
   if not call.settings.mixing_gradient:
     out, _ = _attend(call, selected)
-  grads = call.kernel.backward(
+  dquery, *dkeys = call.kernel.backward(
     *selected.tensors,
     selected.mask,
     out,
@@ -118,14 +131,14 @@ def backward(call, branch, first, rows, terms):
     dlse,
     scale=call.settings.scale,
   )
-  length, kv_heads = rows.query.shape[1], rows.key.shape[2]
+  length, kv_heads = stretch.length, call.inputs.key.shape[2]
 
   def shared(x):  # the query heads of one key head add up
-    x = selection.put_back(x, key_cut, length)
+    x = selection.put_back(x, selected.key_cut, length)
     return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).sum(3)
 
-  dquery, dkey, dvalue = grads
-  return selection.put_back(dquery, cut, length), shared(dkey), shared(dvalue)
+  dquery = selection.put_back(dquery, selected.cut, length)
+  return dquery, *map(shared, dkeys)
 
 
 class _Selected(NamedTuple):
@@ -133,7 +146,7 @@ class _Selected(NamedTuple):
 
   tensors: tuple  # query, key, value
   mask: kernels.Mask
-  zero_keys: Array | None  # how many a row meets
+  zero_keys: Array | None  # how many a row meets, (B, S, N)
   cut: selection.Cut
   key_cut: selection.Cut
 
@@ -151,53 +164,63 @@ def _attend(call, selected):
   return attention.merge(out, lse, jnp.zeros_like(out), zero_lse)
 
 
-def _select(call, branch, first, rows):
+def _select(call, stretch):
   """Returns the `_Selected` of a stretch."""
-  index, w, r = branch
-  length, kv_heads = rows.query.shape[1], rows.key.shape[2]
-  by_head = call.all_phases(r).reshape(call.place.parts, 1, kv_heads, -1)
-  dense = call.settings.platform == "tpu"
-  phases = call.own(by_head)
-  cut = selection.Cut(w, r, phases.reshape(1, -1, 1), dense)
-  if (by_head == by_head[..., :1]).all():
-    phases = phases[..., :1]
-  key_cut = cut._replace(phases=phases)
-  key, value = rows.key, rows.value
+  inputs, (index, w, r, first, length) = call.inputs, stretch
+  cut, key_cut = _cuts(call, w, r)
+  where = {"first": first, "length": length}
+  positions, _ = selection.positions(cut, -(-length // w))
+  positions = call.place.start + first + positions[..., 0]
+  tensors = [
+    selection.select(x, c, **where).astype(call.product)
+    for x, c in zip(inputs[:3], (cut, key_cut, key_cut), strict=True)
+  ]
   ends = None
-  if rows.lengths is not None:
-    ends = jnp.clip(rows.lengths - (call.place.start + first), 0, length)
-    key, value = (hide(x, ends) for x in (key, value))
-  tensors = (
-    selection.select(x, c).astype(call.product)
-    for x, c in ((rows.query, cut), (key, key_cut), (value, key_cut))
-  )
-  lengths, zero_keys = _key_counts(call, cut, length, ends, rows.lengths)
-  positions = call.place.start + first + selection.positions(cut, -(-length // w))
+  if inputs.lengths is not None:
+    ends = jnp.clip(inputs.lengths - (call.place.start + first), 0, length)
+    tensors[1:] = (_hide(x, key_cut, ends) for x in tensors[1:])
+  lengths, zero_keys = _key_counts(call, cut, length, ends)
   bits = tuple(call.bits(index, positions, side) for side in (0, 1))
   mask = kernels.Mask(
     is_causal=call.settings.is_causal,
     lengths=lengths,
     ids=tuple(
-      (selection.select_ids(x, cut), selection.select_ids(x, key_cut))
-      for x in rows.documents
+      tuple(selection.select_ids(x, c, **where) for c in (cut, key_cut))
+      for x in inputs.documents
     ),
-    bits=None if bits[0] is None else bits,
+    bits=None if inputs.seed is None else bits,
     dropout_rate=call.settings.dropout_rate,
   )
   return _Selected(tuple(tensors), mask, zero_keys, cut, key_cut)
 
 
-def hide(x, ends):
-  """Returns x (B, T, ...), zeros from `ends` (B,) on.
+def _cuts(call, w, r):
+  """Returns how query heads and key heads are cut.
+
+  A key head is selected once if all of its query heads have the same phase,
+  else for each of them.
+  """
+  kv_heads = call.inputs.key.shape[2]
+  by_head = call.all_phases(r).reshape(call.place.parts, 1, kv_heads, -1)
+  phases = call.own(by_head)
+  cut = selection.Cut(w, r, phases.reshape(1, -1, 1), call.dense)
+  if (by_head == by_head[..., :1]).all():
+    phases = phases[..., :1]
+  return cut, cut._replace(phases=phases)
+
+
+def _hide(rows, cut, ends):
+  """Returns keys (B, S, R, N, H), zeros from position `ends` (B,) on.
 
   Nobody looks there, but there may be NaN, and 0 * NaN is NaN.
   """
-  hidden = jnp.arange(x.shape[1])[None] >= ends[:, None]
-  hidden = hidden.reshape(*hidden.shape, *[1] * (x.ndim - 2))
-  return jnp.where(hidden, jnp.zeros((), x.dtype), x)
+  position, _ = selection.positions(cut, rows.shape[1])
+  position = position.reshape(1, *position.shape[:2], -1, 1)
+  seen = position < ends.reshape(-1, 1, 1, 1, 1)
+  return jnp.where(seen, rows, jnp.zeros((), rows.dtype))
 
 
-def _key_counts(call, cut, length, ends, lengths):
+def _key_counts(call, cut, length, ends):
   """Returns how many keys and how many zero keys a row sees, (B, S, N).
 
   None where it sees all of its segment, or all up to itself; and None where
@@ -209,12 +232,12 @@ def _key_counts(call, cut, length, ends, lengths):
   ragged = length % w or w % r
   if ends is None and (causal or not ragged):
     return None, None
+  whole = call.inputs.lengths
   if ends is None:
-    ends = np.full((1,), length, np.int32)
+    ends = whole = np.full((1,), length, np.int32)
   starts = w * np.arange(-(-length // w), dtype=np.int32)
   counts = selection.count(cut, ends[:, None] - starts[None])
   if causal or not zeros:
     return counts, None
-  whole = ends if lengths is None else lengths
   slots = -(-jnp.minimum(whole, w) // r)
   return counts, jnp.maximum(slots[:, None, None] - counts, 0)

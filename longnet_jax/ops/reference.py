@@ -31,10 +31,7 @@ def attend(settings, inputs):
     lengths = jnp.full((batch,), length)
   inputs = inputs._replace(key=key, value=value, lengths=lengths)
   outs, lses = zip(
-    *(
-      _branch(settings, i, inputs)
-      for i in range(len(settings.branches))
-    ),
+    *(_branch(settings, i, inputs) for i in range(len(settings.branches))),
     strict=True,
   )
   if settings.mixing_gradient:

@@ -13,10 +13,9 @@ end to end, so arrays that are split over devices along them stay so.
 
 from typing import NamedTuple
 
-import jax
 from jax import lax
 from jax import numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 import numpy as np
 
 Phases = Int[np.ndarray, "P K G"] | Int[Array, "P K G"]
@@ -44,23 +43,42 @@ class Cut(NamedTuple):
 
 
 def select(
-  x: Shaped[Array, "B T K *rest"], cut: Cut
+  x: Shaped[Array, "B L K *rest"],
+  cut: Cut,
+  first: Array | int = 0,
+  length: int | None = None,
 ) -> Shaped[Array, "B S R N *rest"]:
-  """Returns the rows that are kept; what lies past the end of x is 0."""
-  batch, _, heads, *rest = x.shape
-  x = _segments(x, cut)
-  if cut.rate == 1 and cut.phases.shape[2] == 1:
-    return x[:, :, :, 0]
-  found = _masked_sum(x, cut) if cut.dense else _taken(x, cut)
-  return found.reshape(batch, *found.shape[1:3], -1, *rest)
+  """Returns the rows that are kept of a stretch of x; beyond its end, 0.
+
+  Args:
+    x: rows of K heads.
+    cut: how the stretch is cut.
+    first: the first row of the stretch; may be traced.
+    length: its rows, T; by default all from `first` on.
+  """
+  length = x.shape[1] if length is None else length
+  whole = cut.rate == 1 and cut.phases.shape[2] == 1
+  if cut.dense or (whole and isinstance(first, int)):
+    if length < x.shape[1]:
+      x = lax.dynamic_slice_in_dim(x, first, length, axis=1)
+    x = _segments(x, cut)
+    found = x[:, :, :, 0, :, None] if whole else _masked_sum(x, cut)
+  else:
+    found = _taken(x, cut, first, length)
+  return found.reshape(*found.shape[:3], -1, *found.shape[5:])
 
 
-def select_ids(ids: Int[Array, "B T"], cut: Cut) -> Int[Array, "B S R N"]:
+def select_ids(
+  ids: Int[Array, "B L"],
+  cut: Cut,
+  first: Array | int = 0,
+  length: int | None = None,
+) -> Int[Array, "B S R N"]:
   """Returns the ids of the rows that are kept; N is 1 where all heads agree."""
   phases = cut.phases.reshape(cut.phases.shape[0], 1, -1)
   if cut.rate == 1:
     phases = phases[..., :1]
-  return select(ids[:, :, None], cut._replace(phases=phases))
+  return select(ids[:, :, None], cut._replace(phases=phases), first, length)
 
 
 def put_back(
@@ -82,11 +100,15 @@ def put_back(
   return rows.reshape(batch, -1, heads, *rest)[:, :length]
 
 
-def positions(cut: Cut, segments: int) -> Int[Array, "S R N"]:
-  """Returns the positions, from the first row on, that are kept."""
-  start = cut.length * np.arange(segments, dtype=np.int32)[:, None, None]
-  row = cut.rate * np.arange(cut.kept, dtype=np.int32)[None, :, None]
-  return (start + row) + _of_heads(cut)[:, None]
+def positions(
+  cut: Cut, segments: int
+) -> tuple[Int[Array, "S R K G"], Bool[Array, "S R K G"]]:
+  """Returns where the rows that are kept lie, and whether in their segment."""
+  shape = segments, cut.kept, *cut.phases.shape[1:]
+  row = cut.rate * lax.broadcasted_iota(jnp.int32, shape, 1)
+  row += jnp.asarray(cut.phases, jnp.int32)[:, None]
+  start = cut.length * lax.broadcasted_iota(jnp.int32, shape, 0)
+  return start + row, row < cut.length
 
 
 def count(cut: Cut, rows: Int[Array, "B S"]) -> Int[Array, "B S N"]:
@@ -133,23 +155,24 @@ def _masked_sum(x, cut):
   return jnp.where(own, x, jnp.zeros((), x.dtype)).sum(3, dtype=x.dtype)
 
 
-def _taken(x, cut):
-  """As `_masked_sum`, reading only what is kept; S and K are batch axes."""
-  by_segment = cut.phases.shape[0] > 1
-  index = jnp.asarray(cut.phases if by_segment else cut.phases[0], jnp.int32)
-  batched = (1, 4) if by_segment else (4,)
-  sizes = [1 if axis in (3, *batched) else n for axis, n in enumerate(x.shape)]
-  ahead = (0, 2) if by_segment else (0, 1, 2)
-  return lax.gather(
+def _taken(x, cut, first, length):
+  """As `_masked_sum`, reading only what is kept; K stays a batch axis."""
+  rest = x.ndim - 3
+  position, real = positions(cut, -(-length // cut.length))
+  real &= position < length
+  sizes = [x.shape[0], 1, 1, *x.shape[3:]]
+  found = lax.gather(
     x,
-    index[..., None],
+    (first + jnp.minimum(position, length - 1))[..., None],
     lax.GatherDimensionNumbers(
-      offset_dims=(*ahead, *range(5, x.ndim)),
-      collapsed_slice_dims=(3,),
-      start_index_map=(3,),
-      operand_batching_dims=batched,
-      start_indices_batching_dims=tuple(range(len(batched))),
+      offset_dims=(0, *range(5, 5 + rest)),
+      collapsed_slice_dims=(1,),
+      start_index_map=(1,),
+      operand_batching_dims=(2,),
+      start_indices_batching_dims=(2,),
     ),
     slice_sizes=sizes,
     mode="promise_in_bounds",
   )
+  real = real.reshape(1, *real.shape, *[1] * rest)
+  return jnp.where(real, found, jnp.zeros((), x.dtype))

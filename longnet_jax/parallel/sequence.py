@@ -114,9 +114,7 @@ def _attend(settings, layout, mesh, return_residual, inputs):
 
   rows = P(layout.batch_axis, layout.axis_name)
   tensors = P(layout.batch_axis, layout.axis_name, layout.head_axis)
-  specs = arguments.Inputs(
-    *(tensors,) * 3, P(layout.batch_axis), rows, P()
-  )
+  specs = arguments.Inputs(*(tensors,) * 3, P(layout.batch_axis), rows, P())
   attend = functools.partial(
     mixture.attend, settings, layout, return_residual=return_residual
   )

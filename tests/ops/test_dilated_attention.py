@@ -178,9 +178,10 @@ def test_oracle_gradient_is_that_of_finite_differences():
 @pytest.fixture
 def small_sizes(monkeypatch):
   """Sizes that force every loop: windows, stretches, tiles and blocks."""
-  sizes = xla.Sizes(block=3, key_block=4, tile=6, whole=4, scores=1)
+  sizes = xla.Sizes(block=3, key_block=4, tile=6, whole=4)
   monkeypatch.setitem(xla.SIZES, "small", sizes)
   monkeypatch.setattr(mixture, "WINDOW", 1)
+  monkeypatch.setattr(mixture, "STRETCH", 1)
   with kernels.compiling_for("small"):
     yield
 

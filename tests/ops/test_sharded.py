@@ -66,7 +66,9 @@ def test_segments_of_whole_shards_talk_in_groups_of_their_size():
 def test_the_places_of_all_shards_are_the_kept_rows_in_order(w, r, length):
   shards, heads = 6, r
   x = jax.ShapeDtypeStruct((1, length, heads, 1), jnp.float32)
-  settings = arguments.make_settings(1, segment_lengths=(w,), dilation_rates=(r,))
+  settings = arguments.make_settings(
+    1, segment_lengths=(w,), dilation_rates=(r,)
+  )
   inputs = arguments.Inputs(x, x, x, None, (), None)
   call = near.Call(settings, None, inputs, near.Place())
   _, (branch,) = sharded.split(

@@ -57,13 +57,10 @@ class Kernel(NamedTuple):
   backward: (query, key, value, mask, out, lse, dout, dlse, *, scale) ->
     dquery, dkey, dvalue; dlse is (B, S, M, N) or None. A row with lse = +inf
     takes no part.
-  together: (rows, heads of all examples) -> how many segments' sequences are
-    best computed at once.
   """
 
   forward: Callable
   backward: Callable
-  together: Callable[[int, int], int]
 
 
 def load(name: str, platform: str) -> Kernel:
