@@ -71,6 +71,8 @@ class _Rows(NamedTuple):
 
   def cut(self, start, size):
     """Returns `size` rows from `start` on, which may be traced."""
+    if isinstance(start, int):
+      return jax.tree.map(lambda x: x[start : start + size], self)
     return jax.tree.map(
       lambda x: lax.dynamic_slice_in_dim(x, start, size), self
     )
@@ -304,7 +306,7 @@ def _backward_tile(queries, keys, first, length, shape, diagonal):
     dropped, dscores = (x.astype(key.dtype) for x in (dropped, dscores))
     dvalue.append(_dot(dropped, dout))
     dkey.append(_dot(dscores, query))
-    dquery_t = dquery_t.at[:, above:].add(_dot(key.T, dscores))
+    dquery_t += jnp.pad(_dot(key.T, dscores), ((0, 0), (above, 0)))
   return dquery_t.T, jnp.concatenate(dkey), jnp.concatenate(dvalue)
 
 
