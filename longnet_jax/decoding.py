@@ -4,13 +4,14 @@ Every logit equals that of the full forward pass over the same tokens, at a cost
 per token and in a memory that do not depend on how many came before.
 """
 
+from collections.abc import Sequence
 import functools
 from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Integer
 import numpy as np
 
 from longnet_jax import parallel_prefill
@@ -22,8 +23,8 @@ from longnet_jax.models import config as config_lib
 def prefill(
   config: config_lib.LongNetConfig,
   params: dict[str, Any],
-  tokens: Int[Array, "B T"],
-  lengths: Int[Array, " B"] | None = None,
+  tokens: Integer[ArrayLike, "B T"],
+  lengths: Sequence[int] | Integer[ArrayLike, " B"] | None = None,
   *,
   max_length: int | None = None,
   chunk: int = 512,
@@ -108,7 +109,7 @@ def decode_step(
   config: config_lib.LongNetConfig,
   params: dict[str, Any],
   cache: cache_lib.Cache,
-  token: Int[Array, " B"],
+  token: Int[ArrayLike, " B"],
 ) -> tuple[Float[Array, "B V"], cache_lib.Cache]:
   """Reads one token of each example and returns the logits of the next.
 

@@ -65,7 +65,7 @@ class Pattern:
     return n * (n + 1) // 2 if self.is_causal else n * n
 
 
-def as_int(name: str, value: int) -> int:
+def as_int(name: str, value: object) -> int:
   """Returns a Python int, which has no overflow; refuses all but 1, 2, ..."""
   try:
     if isinstance(value, (bool, np.bool_)):
@@ -78,7 +78,7 @@ def as_int(name: str, value: int) -> int:
   return number
 
 
-def index(name: str, value: int, size: int) -> int:
+def index(name: str, value: object, size: int) -> int:
   """Returns a Python int in [0, size), refuses anything else."""
   try:
     number = operator.index(value)

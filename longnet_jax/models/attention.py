@@ -1,7 +1,7 @@
 """Multi-head attention around a core that the configuration chooses."""
 
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from flax import linen as nn
 import jax
@@ -13,6 +13,7 @@ from longnet_jax.ops import dilated_attention, rotary, sparse_attention
 from longnet_jax.parallel import sequence
 
 
+@runtime_checkable
 class AttentionFn(Protocol):
   """The core of attention: heads in, heads out, nothing about devices."""
 

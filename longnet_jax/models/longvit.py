@@ -8,7 +8,7 @@ import dataclasses
 
 from flax import linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from longnet_jax.models import attention, layers, transformer
 from longnet_jax.models import config as config_lib
@@ -93,7 +93,7 @@ class LongViT(nn.Module):
     self.dropout = nn.Dropout(config.dropout_rate)
 
   def __call__(
-    self, images: Float[Array, "B C S S"], deterministic: bool = True
+    self, images: Float[ArrayLike, "..."], deterministic: bool = True
   ) -> Array:
     """Returns features of the patches (B, T, D), or logits (B, num_classes)."""
     x = self.features(images, deterministic)
@@ -102,12 +102,12 @@ class LongViT(nn.Module):
     return self.head(self.pool_norm(x.astype(jnp.float32).mean(1)))
 
   def features(
-    self, images: Float[Array, "B C S S"], deterministic: bool = True
+    self, images: Float[ArrayLike, "..."], deterministic: bool = True
   ) -> Float[Array, "B T D"]:
     """Returns features of the patches, row by row.
 
     Args:
-      images: normalized as in training, channels first.
+      images: (B, C, S, S), normalized as in training, channels first.
       deterministic: whether dropout is off; otherwise a "dropout" rng is used.
     """
     config = self.config
@@ -124,7 +124,7 @@ class LongViT(nn.Module):
 
 
 def _patches(
-  images: Float[Array, "B C S S"], size: int, dtype: str
+  images: Float[ArrayLike, "B C S S"], size: int, dtype: str
 ) -> Float[Array, "B T C P P"]:
   """Cuts images into patches, row by row."""
   batch, channels, edge, _ = images.shape

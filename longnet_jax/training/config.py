@@ -1,9 +1,12 @@
 """Typed settings of an experiment, made once from a loose ConfigDict."""
 
+from collections.abc import Iterable, Mapping
 import dataclasses
 import difflib
 import types
 import typing
+
+import ml_collections
 
 from longnet_jax.data import config as data_config
 from longnet_jax.models import config as model_config
@@ -108,7 +111,7 @@ class ExperimentConfig:
   mesh: MeshConfig = MeshConfig()
 
 
-def build(settings: typing.Mapping) -> ExperimentConfig:
+def build(settings: Mapping | ml_collections.ConfigDict) -> ExperimentConfig:
   """The experiment that a ConfigDict or a nested dict of settings describes.
 
   Raises ValueError naming the key: an unknown one with its nearest neighbour,
@@ -119,7 +122,7 @@ def build(settings: typing.Mapping) -> ExperimentConfig:
   return from_mapping(ExperimentConfig, settings)
 
 
-def from_mapping(cls, settings: typing.Mapping, prefix: str = ""):
+def from_mapping(cls, settings: Mapping, prefix: str = ""):
   """An instance of a dataclass from a mapping, checked key by key."""
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -143,7 +146,7 @@ def from_mapping(cls, settings: typing.Mapping, prefix: str = ""):
     raise ValueError(f"{place}: {error}") from error
 
 
-def unknown_key(key: str, known: typing.Iterable[str]) -> str:
+def unknown_key(key: str, known: Iterable[str]) -> str:
   """The message for a dotted key that does not exist, naming the nearest."""
   group, _, name = key.rpartition(".")
   siblings = {
@@ -159,7 +162,7 @@ def unknown_key(key: str, known: typing.Iterable[str]) -> str:
   return f"the config has no key {key}; {hint}"
 
 
-def differences(old: typing.Mapping, new: typing.Mapping) -> dict[str, tuple]:
+def differences(old: Mapping, new: Mapping) -> dict[str, tuple]:
   """Dotted key -> (old, new) of every setting that differs, in order."""
   flat_old, flat_new = flatten(old), flatten(new)
   missing = "(absent)"
@@ -170,11 +173,11 @@ def differences(old: typing.Mapping, new: typing.Mapping) -> dict[str, tuple]:
   }
 
 
-def flatten(settings: typing.Mapping, prefix: str = "") -> dict:
+def flatten(settings: Mapping, prefix: str = "") -> dict:
   """{"a": {"b": 1}} -> {"a.b": 1}; sequences become tuples."""
   flat = {}
   for key, value in settings.items():
-    if isinstance(value, typing.Mapping):
+    if isinstance(value, Mapping):
       flat.update(flatten(value, f"{prefix}{key}."))
     else:
       flat[prefix + key] = tuple(value) if isinstance(value, list) else value
@@ -184,7 +187,7 @@ def flatten(settings: typing.Mapping, prefix: str = "") -> dict:
 def _convert(hint, value, path: str):
   """`value` as the type that `hint` names, or ValueError."""
   if dataclasses.is_dataclass(hint):
-    if not isinstance(value, typing.Mapping):
+    if not isinstance(value, Mapping):
       raise ValueError(f"{path} is {value!r}; it must be a group of keys")
     return from_mapping(hint, value, f"{path}.")
   origin, arguments = typing.get_origin(hint), typing.get_args(hint)

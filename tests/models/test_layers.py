@@ -44,7 +44,7 @@ def test_layernorm_normalizes_its_axes_together(shape):
   x = 3 + 2 * _random(2, 5, 4, 8)
   norm = layers.LayerNorm(shape, 1e-5)
   scale, bias = _random(*shape), _random(*shape)[::-1]
-  y = norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+  y = norm.apply({"params": {"scale": scale, "bias": bias}}, jnp.asarray(x))
   axes = tuple(range(-len(shape), 0))
   exact = x.astype(np.float64)
   exact -= exact.mean(axes, keepdims=True)
@@ -66,8 +66,8 @@ def test_feed_forward_uses_the_exact_gelu_and_the_inner_norm():
   config = _make(model_dim=8, ffn_dim=16)
   x = _random(1, 3, 8)
   ffn = layers.FeedForward(config)
-  params = ffn.init(jax.random.key(0), x)["params"]
-  y = ffn.apply({"params": params}, x)
+  params = ffn.init(jax.random.key(0), jnp.asarray(x))["params"]
+  y = ffn.apply({"params": params}, jnp.asarray(x))
   hidden = x @ np.asarray(params["fc1"]["kernel"])
   erf = np.vectorize(math.erf)
   hidden = hidden * 0.5 * (1 + erf(hidden / math.sqrt(2)))
