@@ -33,7 +33,8 @@ class AttentionFn(Protocol):
 
 
 def make_attention_fn(
-  config: config_lib.LongNetConfig, mesh: jax.sharding.Mesh | None = None
+  config: config_lib.LongNetConfig,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
 ) -> AttentionFn:
   """Returns the core that `config.attention` names.
 
