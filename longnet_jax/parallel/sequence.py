@@ -17,7 +17,7 @@ def sequence_parallel_attention(
   key: Float[Array, "B T K H"],
   value: Float[Array, "B T K H"],
   *,
-  mesh: jax.sharding.Mesh,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
   axis_name: str = "seq",
   batch_axis: str | None = None,
   head_axis: str | None = None,
@@ -119,7 +119,7 @@ def sequence_parallel_attention(
   return jax.tree.map(lambda x: x[:, :length], found)
 
 
-def over_mesh(mesh: jax.sharding.Mesh):
+def over_mesh(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
   """Returns `dilated_attention` on arrays that lie over a mesh of `make_mesh`.
 
   Examples over data, positions over seq, heads over model.
