@@ -109,13 +109,12 @@ class MultiHeadAttention(nn.Module):
     """Declares the four projections and the sub-LayerNorm."""
     config = self.config
     gain = layers.initial_gain(config)
-    width = (config.model_dim,)
     heads = (config.num_heads, config.head_dim)
     kv_heads = (config.kv_heads, config.head_dim)
-    self.query = layers.Linear(width, heads)
-    self.key = layers.Linear(width, kv_heads)
-    self.value = layers.Linear(width, kv_heads, gain)
-    self.out = layers.Linear(heads, width, gain)
+    self.query = layers.linear(heads)
+    self.key = layers.linear(kv_heads)
+    self.value = layers.linear(kv_heads, gain=gain)
+    self.out = layers.linear((config.model_dim,), axes=2, gain=gain)
     if config.sub_layernorm:
       self.norm = layers.LayerNorm(heads, config.layernorm_epsilon)
 

@@ -75,8 +75,7 @@ class LongViT(nn.Module):
     """Declares the parameters outside and inside the blocks."""
     config = self.config
     width, epsilon = (config.model_dim,), config.layernorm_epsilon
-    patch = (config.channels, config.patch_size, config.patch_size)
-    self.patch_embedding = layers.Linear(patch, width)
+    self.patch_embedding = layers.linear(width, axes=3)
     self.positions = self.param(
       "positions",
       nn.initializers.normal(0.02),
@@ -89,7 +88,7 @@ class LongViT(nn.Module):
       self.final_norm = layers.LayerNorm(width, epsilon)
     if config.num_classes:
       self.pool_norm = layers.LayerNorm(width, epsilon)
-      self.head = layers.Linear(width, (config.num_classes,))
+      self.head = layers.linear((config.num_classes,))
     self.dropout = nn.Dropout(config.dropout_rate)
 
   def __call__(

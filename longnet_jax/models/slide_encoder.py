@@ -75,7 +75,7 @@ class SlideEncoder(nn.Module):
     """Declares the parameters outside and inside the blocks."""
     config = self.config
     width = (config.model_dim,)
-    self.tile_embedding = layers.Linear((config.tile_dim,), width)
+    self.tile_embedding = layers.linear(width)
     self.cls_token = self.param(
       "cls_token", nn.initializers.normal(0.02), width, jnp.float32
     )

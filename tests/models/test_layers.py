@@ -28,9 +28,9 @@ def _random(*shape):
   return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def test_linear_contracts_the_named_axes():
+def test_linear_contracts_the_last_axes():
   x = jnp.asarray(_random(2, 3, 4, 5))
-  linear = layers.Linear((4, 5), (6, 7))
+  linear = layers.linear((6, 7), axes=2)
   params = linear.init(jax.random.key(0), x)["params"]
   params["bias"] = jnp.asarray(_random(6, 7))
   y = linear.apply({"params": params}, x)
