@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, UInt32
 
 # Ids that no document has: a key nobody sees, a query that sees nothing.
 HIDDEN_KEY = -(2**31)
@@ -50,7 +50,7 @@ def visible(query_rows: Rows, key_rows: Rows) -> Bool[Array, "M n"] | None:
 
 
 def row_bits(
-  seed: UInt32[Array, ""], *coordinates: Int[Array, "..."] | int
+  seed: UInt32[Array, ""], *coordinates: Int[ArrayLike, "..."]
 ) -> UInt32[Array, "..."]:
   """Hashes broadcastable coordinates (branch, batch, head, ...) of rows."""
   bits = seed

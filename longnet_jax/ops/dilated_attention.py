@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Integer
 
 from longnet_jax.ops import mixture, reference, sharded
 from longnet_jax.ops import settings as settings_lib
@@ -29,9 +29,9 @@ def dilated_attention(
   segment_lengths: Sequence[int],
   dilation_rates: Sequence[int],
   is_causal: bool = False,
-  scale: float | None = None,
-  key_value_seq_lengths: Int[Array, " B"] | None = None,
-  segment_ids: Int[Array, "B T"] | None = None,
+  scale: float | Float[Array, ""] | None = None,
+  key_value_seq_lengths: Integer[ArrayLike, " B"] | None = None,
+  segment_ids: Integer[ArrayLike, "B T"] | None = None,
   head_phase: str = "interleaved",
   padding: str = "mask",
   mixing_gradient: bool = True,

@@ -6,7 +6,7 @@ import functools
 import jax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Integer
 
 from longnet_jax.ops import dilated_attention, far, sharded
 from longnet_jax.ops import settings as settings_lib
@@ -17,12 +17,12 @@ def sequence_parallel_attention(
   key: Float[Array, "B T K H"],
   value: Float[Array, "B T K H"],
   *,
-  mesh: jax.sharding.Mesh,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
   axis_name: str = "seq",
   batch_axis: str | None = None,
   head_axis: str | None = None,
-  key_value_seq_lengths: Int[Array, " B"] | None = None,
-  segment_ids: Int[Array, "B T"] | None = None,
+  key_value_seq_lengths: Integer[ArrayLike, " B"] | None = None,
+  segment_ids: Integer[ArrayLike, "B T"] | None = None,
   dropout_key: Array | None = None,
   **options,
 ) -> Float[Array, "B T N H"] | tuple[Array, Float[Array, "B T N"]]:
@@ -119,7 +119,7 @@ def sequence_parallel_attention(
   return jax.tree.map(lambda x: x[:, :length], found)
 
 
-def over_mesh(mesh: jax.sharding.Mesh):
+def over_mesh(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
   """Returns `dilated_attention` on arrays that lie over a mesh of `make_mesh`.
 
   Examples over data, positions over seq, heads over model.
