@@ -75,7 +75,7 @@ class Pattern:
     return _pairs(self.length, self.is_causal)
 
 
-def as_int(name: str, value: int) -> int:
+def as_int(name: str, value: object) -> int:
   """Returns a Python int, which has no overflow; refuses all but 1, 2, ..."""
   try:
     if isinstance(value, (bool, np.bool_)):
@@ -90,7 +90,7 @@ def as_int(name: str, value: int) -> int:
   return number
 
 
-def index(name: str, value: int, size: int) -> int:
+def index(name: str, value: object, size: int) -> int:
   """Returns a Python int in [0, size), refuses anything else."""
   try:
     number = operator.index(value)

@@ -11,7 +11,25 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import jaxtyping
+import pytest
+
+from tests import typechecker  # noqa: F401, the hook finds it by name
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# From here on the shapes that longnet_jax promises are checked at every call.
+jaxtyping.install_import_hook("longnet_jax", "tests.typechecker.check")
+
+
+@pytest.fixture
+def unchecked():
+  """Hands arguments over as they are, for a test of what is refused in words.
+
+  Otherwise the hook objects to their types first.
+  """
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
 import math
+from typing import SupportsIndex
 
+from jaxtyping import Int
 import numpy as np
 
 from longnet_jax import checked
@@ -75,9 +77,9 @@ def hops(pattern: pattern_lib.Pattern, source: int, target: int) -> int | None:
 
 def reached_pairs(
   pattern: pattern_lib.Pattern,
-  num_layers: int | None = None,
+  num_layers: SupportsIndex | None = None,
   *,
-  sources: Sequence[int] | None = None,
+  sources: Sequence[int] | Int[np.ndarray, " n"] | None = None,
 ) -> tuple[int, ...]:
   """Returns how many (query, key) pairs 1, 2, ... layers connect.
 
@@ -109,9 +111,9 @@ def reached_pairs(
 
 def coverage(
   pattern: pattern_lib.Pattern,
-  num_layers: int | None = None,
+  num_layers: SupportsIndex | None = None,
   *,
-  sources: Sequence[int] | None = None,
+  sources: Sequence[int] | Int[np.ndarray, " n"] | None = None,
 ) -> tuple[float, ...]:
   """Returns the fraction of pairs that 1, 2, ... layers connect.
 

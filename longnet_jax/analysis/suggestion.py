@@ -98,7 +98,7 @@ def _geometric(length, num_heads, first, ratio, allow_gaps):
       rates.append(growth)
     else:
       rates.append(_largest_divisor(num_heads, growth))
-  return length, num_heads, widths, rates
+  return length, num_heads, tuple(widths), tuple(rates)
 
 
 def _largest_divisor(number, limit):

@@ -16,7 +16,7 @@ over the sum of weights * tokenizer.byte_lengths[targets].
 from collections.abc import Iterator
 import contextlib
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -26,6 +26,7 @@ from longnet_jax.data import config as config_lib
 from longnet_jax.data import corpus, needle, tokenizers, windows
 
 
+@runtime_checkable
 class Source(Protocol):
   """Windows of one split, in a reproducible order."""
 

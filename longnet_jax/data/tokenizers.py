@@ -5,14 +5,16 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from jaxtyping import Int
 import numpy as np
 import tokenizers
 
 from longnet_jax import checked
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
   """Ids of text are below `separator_id`, which stands before a document."""
 
@@ -21,11 +23,11 @@ class Tokenizer(Protocol):
   byte_lengths: np.ndarray  # (vocab_size,) int32: bytes an id stands for
   fingerprint: str  # hex; equal for tokenizers that encode alike
 
-  def encode(self, text: bytes) -> np.ndarray:
-    """Ids (n,) int32; `decode` gives back the same bytes, whatever they are."""
+  def encode(self, text: bytes) -> Int[np.ndarray, " n"]:
+    """Ids, int32; `decode` gives back the same bytes, whatever they are."""
     ...
 
-  def decode(self, ids: Sequence[int]) -> bytes:
+  def decode(self, ids: Int[np.ndarray, " n"] | Sequence[int]) -> bytes:
     """The bytes of the ids; separators and unused ids stand for none."""
     ...
 
@@ -48,11 +50,11 @@ class ByteTokenizer:
   def __init__(self):
     self.byte_lengths = (np.arange(self.vocab_size) < 256).astype(np.int32)
 
-  def encode(self, text: bytes) -> np.ndarray:
-    """Ids (n,) int32 of n bytes."""
+  def encode(self, text: bytes) -> Int[np.ndarray, " n"]:
+    """Ids, int32 of n bytes."""
     return np.frombuffer(text, np.uint8).astype(np.int32)
 
-  def decode(self, ids: Sequence[int]) -> bytes:
+  def decode(self, ids: Int[np.ndarray, " n"] | Sequence[int]) -> bytes:
     """The bytes among the ids."""
     ids = _checked(ids, self.vocab_size)
     return ids[ids < 256].astype(np.uint8).tobytes()
@@ -80,14 +82,14 @@ class BpeTokenizer:
     self.byte_lengths = np.array([len(t) for t in self._tokens], np.int32)
     self.fingerprint = hashlib.sha256(model.to_str().encode()).hexdigest()[:16]
 
-  def encode(self, text: bytes) -> np.ndarray:
-    """Ids (n,) int32."""
+  def encode(self, text: bytes) -> Int[np.ndarray, " n"]:
+    """Ids, int32."""
     pieces = [piece.decode("latin-1") for piece in _pieces(text)]
     encodings = self._model.encode_batch(pieces)
     ids = [np.array(e.ids, np.int32) for e in encodings]
     return np.concatenate(ids) if ids else np.zeros(0, np.int32)
 
-  def decode(self, ids: Sequence[int]) -> bytes:
+  def decode(self, ids: Int[np.ndarray, " n"] | Sequence[int]) -> bytes:
     """The bytes of the ids."""
     ids = _checked(ids, self.vocab_size)
     return b"".join(self._tokens[i] for i in ids)
@@ -167,7 +169,7 @@ def _pieces(text: bytes) -> Iterator[bytes]:
     start = stop
 
 
-def _checked(ids: Sequence[int], vocab_size: int) -> np.ndarray:
+def _checked(ids, vocab_size: int) -> Int[np.ndarray, " n"]:
   ids = np.asarray(ids, np.int64).reshape(-1)
   wrong = ids[(ids < 0) | (ids >= vocab_size)]
   if wrong.size:

@@ -44,8 +44,8 @@ class Cache:
     max_length: positions that there is room for.
   """
 
-  keys: tuple[Float[Array, "B L S R H"], ...]
-  values: tuple[Float[Array, "B L S R H"], ...]
+  keys: tuple[Float[Array, "B L _S _R H"], ...]
+  values: tuple[Float[Array, "B L _S _R H"], ...]
   position: Int[Array, " B"]
   max_length: int = struct.field(pytree_node=False)
 

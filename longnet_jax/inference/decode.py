@@ -10,7 +10,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from longnet_jax.inference import cache as cache_lib
 from longnet_jax.inference import cached_attention
@@ -23,7 +23,7 @@ def decode_step(
   config: config_lib.LongNetConfig,
   params: dict[str, Any],
   cache: cache_lib.Cache,
-  token: Int[Array, " B"],
+  token: Int[ArrayLike, " B"],
 ) -> tuple[Float[Array, "B V"], cache_lib.Cache]:
   """Reads one token of each example and returns the logits of the next.
 

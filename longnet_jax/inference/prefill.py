@@ -6,13 +6,14 @@ mesh axis `seq`. What decoding still needs of it is a few rows of each layer,
 those of the segments that the prompts end in, and only these leave the layer.
 """
 
+from collections.abc import Sequence
 import functools
 from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Integer
 import numpy as np
 
 from longnet_jax import checked
@@ -26,8 +27,8 @@ from longnet_jax.parallel import sharding
 def prefill(
   config: config_lib.LongNetConfig,
   params: dict[str, Any],
-  tokens: Int[Array, "B T"],
-  lengths: Int[Array, " B"] | None = None,
+  tokens: Integer[ArrayLike, "B T"],
+  lengths: Sequence[int] | Integer[ArrayLike, " B"] | None = None,
   *,
   max_length: int | None = None,
   chunk: int = 512,

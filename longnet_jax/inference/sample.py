@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 import numpy as np
 
 from longnet_jax import checked
@@ -17,7 +18,7 @@ from longnet_jax.parallel import sharding
 def generate(
   config: config_lib.LongNetConfig,
   params: dict[str, Any],
-  prompts: Sequence[Sequence[int]],
+  prompts: Sequence[Sequence[int] | Int[np.ndarray, " _n"]],
   *,
   max_new_tokens: int,
   temperature: float = 1.0,

@@ -1,7 +1,7 @@
 """Multi-head attention around a core that the configuration chooses."""
 
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from flax import linen as nn
 import jax
@@ -13,6 +13,7 @@ from longnet_jax.ops import dilated_attention, rotary, sparse_attention
 from longnet_jax.parallel import sequence
 
 
+@runtime_checkable
 class AttentionFn(Protocol):
   """The core of attention: heads in, heads out, nothing about devices."""
 
@@ -32,7 +33,8 @@ class AttentionFn(Protocol):
 
 
 def make_attention_fn(
-  config: config_lib.LongNetConfig, mesh: jax.sharding.Mesh | None = None
+  config: config_lib.LongNetConfig,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
 ) -> AttentionFn:
   """Returns the core that `config.attention` names.
 
@@ -107,13 +109,12 @@ class MultiHeadAttention(nn.Module):
     """Declares the four projections and the sub-LayerNorm."""
     config = self.config
     gain = layers.initial_gain(config)
-    width = (config.model_dim,)
     heads = (config.num_heads, config.head_dim)
     kv_heads = (config.kv_heads, config.head_dim)
-    self.query = layers.Linear(width, heads)
-    self.key = layers.Linear(width, kv_heads)
-    self.value = layers.Linear(width, kv_heads, gain)
-    self.out = layers.Linear(heads, width, gain)
+    self.query = layers.linear(heads)
+    self.key = layers.linear(kv_heads)
+    self.value = layers.linear(kv_heads, gain=gain)
+    self.out = layers.linear((config.model_dim,), axes=2, gain=gain)
     if config.sub_layernorm:
       self.norm = layers.LayerNorm(heads, config.layernorm_epsilon)
 

@@ -10,45 +10,32 @@ from jaxtyping import Array, Float
 from longnet_jax.models import config as config_lib
 
 
-class Linear(nn.Module):
-  """y = x W + b, contracting the trailing axes `inputs` of x.
+def linear(
+  outputs: tuple[int, ...],
+  *,
+  axes: int = 1,
+  gain: float = 1.0,
+  name: str | None = None,
+) -> nn.DenseGeneral:
+  """Returns y = x W + b, which puts `outputs` for the last `axes` axes of x.
 
-  The kernel has shape inputs + outputs, so heads keep their own axis. It is
-  float32 and cast to the dtype of x.
-
-  Attributes:
-    inputs: trailing axes of x that are contracted.
-    outputs: axes that take their place.
-    gain: factor of the Xavier normal initial kernel.
+  Heads keep their own axis of the kernel. It is float32, starts as Xavier
+  normal times `gain` and is cast to the dtype of x.
   """
-
-  inputs: tuple[int, ...]
-  outputs: tuple[int, ...]
-  gain: float = 1.0
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """Returns y with the axes `outputs` last."""
-    rank = len(self.inputs)
-    initializer = nn.initializers.variance_scaling(
-      self.gain**2,
-      "fan_avg",
-      "normal",
-      in_axis=tuple(range(rank)),
-      out_axis=tuple(range(rank, rank + len(self.outputs))),
-    )
-    kernel = self.param(
-      "kernel", initializer, self.inputs + self.outputs, jnp.float32
-    )
-    bias = self.param(
-      "bias", nn.initializers.zeros_init(), self.outputs, jnp.float32
-    )
-    y = jnp.tensordot(x, kernel.astype(x.dtype), axes=rank)
-    return y + _align(bias, y).astype(x.dtype)
+  return nn.DenseGeneral(
+    outputs,
+    axis=tuple(range(-axes, 0)),
+    kernel_init=nn.initializers.variance_scaling(gain**2, "fan_avg", "normal"),
+    promote_dtype=_cast_parameters,
+    name=name,
+  )
 
 
 class LayerNorm(nn.Module):
   """(x - mean) / sqrt(variance + epsilon) * scale + bias, in float32.
+
+  flax.linen.LayerNorm multiplies by the scale in another order, which changes
+  the last bit.
 
   Attributes:
     shape: trailing axes of x that are normalized together.
@@ -86,12 +73,12 @@ class FeedForward(nn.Module):
     config = self.config
     gain = initial_gain(config)
     width, hidden = (config.model_dim,), (config.ffn_dim,)
-    x = Linear(width, hidden, gain, name="fc1")(x)
+    x = linear(hidden, gain=gain, name="fc1")(x)
     # The exact GELU, in float32: its tanh approximation differs by 1e-3.
     x = nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
     if config.sub_layernorm:
       x = LayerNorm(hidden, config.layernorm_epsilon, name="norm")(x)
-    return Linear(hidden, width, gain, name="fc2")(x)
+    return linear(width, gain=gain, name="fc2")(x)
 
 
 class DropPath(nn.Module):
@@ -122,6 +109,12 @@ def initial_gain(config: config_lib.LongNetConfig) -> float:
 def residual_scale(config: config_lib.LongNetConfig) -> float:
   """Returns alpha of x alpha + f(x): (2L)^(1/4) with DeepNorm, otherwise 1."""
   return (2 * config.num_layers) ** 0.25 if config.deepnorm else 1.0
+
+
+def _cast_parameters(x, kernel, bias, *, dtype):
+  """Gives the parameters the dtype of x, whichever the module names."""
+  del dtype
+  return x, kernel.astype(x.dtype), bias.astype(x.dtype)
 
 
 def _align(parameter, x):

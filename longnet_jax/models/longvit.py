@@ -9,7 +9,7 @@ from typing import Literal
 
 from flax import linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from longnet_jax import checked
 from longnet_jax.models import attention, layers, transformer
@@ -66,8 +66,7 @@ class LongViT(nn.Module):
     """Declares the parameters outside and inside the blocks."""
     config = self.config
     width, epsilon = (config.model_dim,), config.layernorm_epsilon
-    patch = (config.channels, config.patch_size, config.patch_size)
-    self.patch_embedding = layers.Linear(patch, width)
+    self.patch_embedding = layers.linear(width, axes=3)
     self.positions = self.param(
       "positions",
       nn.initializers.normal(0.02),
@@ -80,11 +79,11 @@ class LongViT(nn.Module):
       self.final_norm = layers.LayerNorm(width, epsilon)
     if config.num_classes:
       self.pool_norm = layers.LayerNorm(width, epsilon)
-      self.head = layers.Linear(width, (config.num_classes,))
+      self.head = layers.linear((config.num_classes,))
     self.dropout = nn.Dropout(config.dropout_rate)
 
   def __call__(
-    self, images: Float[Array, "B C S S"], deterministic: bool = True
+    self, images: Float[ArrayLike, "..."], deterministic: bool = True
   ) -> Array:
     """Returns features of the patches (B, T, D), or logits (B, num_classes)."""
     x = self.features(images, deterministic)
@@ -93,12 +92,12 @@ class LongViT(nn.Module):
     return self.head(self.pool_norm(x.astype(jnp.float32).mean(1)))
 
   def features(
-    self, images: Float[Array, "B C S S"], deterministic: bool = True
+    self, images: Float[ArrayLike, "..."], deterministic: bool = True
   ) -> Float[Array, "B T D"]:
     """Returns features of the patches, row by row.
 
     Args:
-      images: normalized as in training, channels first.
+      images: (B, C, S, S), normalized as in training, channels first.
       deterministic: whether dropout is off; otherwise a "dropout" rng is used.
     """
     config = self.config
@@ -115,7 +114,7 @@ class LongViT(nn.Module):
 
 
 def _patches(
-  images: Float[Array, "B C S S"], size: int, dtype: str
+  images: Float[ArrayLike, "B C S S"], size: int, dtype: str
 ) -> Float[Array, "B T C P P"]:
   """Cuts images into patches, row by row."""
   batch, channels, edge, _ = images.shape

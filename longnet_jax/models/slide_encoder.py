@@ -8,9 +8,8 @@ import dataclasses
 from typing import Literal
 
 from flax import linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
 from longnet_jax import checked
 from longnet_jax.models import attention, layers, transformer
@@ -66,7 +65,7 @@ class SlideEncoder(nn.Module):
     """Declares the parameters outside and inside the blocks."""
     config = self.config
     width = (config.model_dim,)
-    self.tile_embedding = layers.Linear((config.tile_dim,), width)
+    self.tile_embedding = layers.linear(width)
     self.cls_token = self.param(
       "cls_token", nn.initializers.normal(0.02), width, jnp.float32
     )
@@ -78,9 +77,9 @@ class SlideEncoder(nn.Module):
 
   def __call__(
     self,
-    tiles: Float[Array, "B T C"],
-    coords: Real[Array, "B T 2"],
-    num_tiles: Int[Array, " B"] | None = None,
+    tiles: Float[ArrayLike, "B T C"],
+    coords: Real[ArrayLike, "..."],
+    num_tiles: Int[ArrayLike, " B"] | None = None,
     *,
     pool: str = "cls",
     deterministic: bool = True,
@@ -117,9 +116,9 @@ class SlideEncoder(nn.Module):
 
   def outputs(
     self,
-    tiles: Float[Array, "B T C"],
-    coords: Real[Array, "B T 2"],
-    num_tiles: Int[Array, " B"] | None = None,
+    tiles: Float[ArrayLike, "B T C"],
+    coords: Real[ArrayLike, "..."],
+    num_tiles: Int[ArrayLike, " B"] | None = None,
   ) -> dict[str, Array]:
     """Returns all that one pass gives, float32.
 
@@ -176,7 +175,7 @@ class SlideEncoder(nn.Module):
 
 
 def grid_cells(
-  coords: Real[Array, "B T 2"], tile_size: int
+  coords: Real[ArrayLike, "B T 2"], tile_size: int
 ) -> Int[Array, "B T 2"]:
   """Returns floor(coords / tile_size)."""
   size = jnp.asarray(tile_size, coords.dtype)
@@ -214,14 +213,14 @@ def _make_core(config):
 
 
 def _real_tiles(
-  num_tiles: Int[Array, " B"] | None, length: int
+  num_tiles: Int[ArrayLike, " B"] | None, length: int
 ) -> Bool[Array, "B T"] | None:
   if num_tiles is None:
     return None
   return jnp.arange(length)[None] < num_tiles[:, None]
 
 
-def _check_shapes(tiles: jax.Array, coords: jax.Array, tile_dim: int):
+def _check_shapes(tiles: ArrayLike, coords: ArrayLike, tile_dim: int):
   if tiles.ndim != 3 or tiles.shape[-1] != tile_dim:
     raise ValueError(
       f"tiles must have shape (B, T, {tile_dim}), got {tiles.shape}"

@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 import numpy as np
 
 from longnet_jax import checked
@@ -145,9 +145,9 @@ class LongNetLM(nn.Module):
 
   def __call__(
     self,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    tokens: Int[ArrayLike, "B T"],
+    positions: Int[ArrayLike, "B T"] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "B T V"]:
     """Returns float32 logits of the token after each one."""
@@ -157,9 +157,9 @@ class LongNetLM(nn.Module):
 
   def hidden(
     self,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    tokens: Int[ArrayLike, "B T"],
+    positions: Int[ArrayLike, "B T"] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "B T D"]:
     """Returns the normalized features that `unembed` turns into logits.
@@ -206,9 +206,9 @@ class LongNetEncoder(nn.Module):
 
   def __call__(
     self,
-    inputs: Int[Array, "B T"] | Float[Array, "B T D"],
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    inputs: Int[ArrayLike, "B T"] | Float[ArrayLike, "B T D"],
+    positions: Int[ArrayLike, "B T"] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
     deterministic: bool = True,
     return_layers: bool = False,
   ) -> Any:
@@ -242,8 +242,8 @@ class LongNetEncoder(nn.Module):
 def apply_blocks(
   block: Block,
   x: Float[Array, "B T D"],
-  positions: Int[Array, "B T"] | None = None,
-  segment_ids: Int[Array, "B T"] | None = None,
+  positions: Int[ArrayLike, "B T"] | None = None,
+  segment_ids: Int[ArrayLike, "B T"] | None = None,
   *,
   deterministic: bool = True,
   collect: Callable[[Float[Array, "B T D"]], Array] | None = None,
@@ -277,7 +277,7 @@ def apply_blocks(
 
 def embed(
   embedding: Float[Array, "V D"],
-  tokens: Int[Array, "B T"],
+  tokens: Int[ArrayLike, "B T"],
   config: config_lib.LongNetConfig,
 ) -> Float[Array, "B T D"]:
   """Returns the rows of tokens; one outside the vocabulary becomes NaN."""

@@ -9,11 +9,11 @@ lse = -inf and no gradient.
 
 import jax
 from jax import numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, UInt32
 
 
 def row_bits(
-  seed: UInt32[Array, ""], *coordinates: Int[Array, "..."] | int
+  seed: UInt32[Array, ""], *coordinates: Int[ArrayLike, "..."]
 ) -> UInt32[Array, "..."]:
   """Hashes broadcastable coordinates (branch, batch, head, ...) of rows."""
   bits = seed

@@ -1,5 +1,6 @@
 """Dilated attention of a sequence that is split over a mesh axis."""
 
+from collections.abc import Sequence
 import functools
 
 import jax
@@ -17,12 +18,12 @@ def sequence_parallel_attention(
   key: ArrayLike,
   value: ArrayLike,
   *,
-  mesh: jax.sharding.Mesh,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
   axis_name: str = "seq",
   batch_axis: str | None = None,
   head_axis: str | None = None,
-  key_value_seq_lengths: ArrayLike | None = None,
-  segment_ids: ArrayLike | None = None,
+  key_value_seq_lengths: ArrayLike | Sequence | None = None,
+  segment_ids: ArrayLike | Sequence | None = None,
   dropout_key: Array | None = None,
   return_residual: bool = False,
   implementation: str | None = None,
@@ -128,7 +129,7 @@ def _attend(settings, layout, mesh, return_residual, inputs):
   return jax.tree.map(lambda x: x[:, :length], found)
 
 
-def over_mesh(mesh: jax.sharding.Mesh):
+def over_mesh(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
   """Returns `dilated_attention` on arrays that lie over a mesh of `make_mesh`.
 
   Examples over data, positions over seq, heads over model.

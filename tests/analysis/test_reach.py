@@ -94,6 +94,7 @@ def test_causal_neighbours_across_a_boundary_may_never_meet():
   assert analysis.hops(both, 3, 4) == 2
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_refused():
   pattern = analysis.Pattern(8, 2, (8,), (1,))
   with pytest.raises(ValueError, match="position is 8"):

@@ -56,6 +56,7 @@ def test_cost_a_token_is_constant_with_gaps():
   assert 0.7 < min(shares) <= max(shares) <= 1
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_small_budget_is_refused_with_the_cheapest_cost():
   with pytest.raises(ValueError, match="allow_gaps=True"):
     analysis.suggest(2**30, 12, 1e15)

@@ -178,6 +178,7 @@ def test_the_cache_is_updated_in_place():
   assert memory.temp_size_in_bytes < 0.75 * cache.nbytes
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_prompts_that_cannot_be_are_refused():
   for lengths, message in (([1], "lengths have shape"), ([0, 1, 2], "1 to 5")):
     with pytest.raises(ValueError, match=message):

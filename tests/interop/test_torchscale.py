@@ -109,7 +109,7 @@ def test_every_tensor_is_accounted_for(read_golden):
 
 def test_half_precision_becomes_float32(read_golden):
   state, config, _ = read_golden("torchscale_encoder")
-  half = {name: jnp.asarray(x, jnp.bfloat16) for name, x in state.items()}
+  half = {name: x.astype(jnp.bfloat16) for name, x in state.items()}
   _, params = torchscale.convert(half, config)
   assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
   numbers = {name: np.zeros(x.shape, int) for name, x in state.items()}

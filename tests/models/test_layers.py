@@ -28,9 +28,9 @@ def _random(*shape):
   return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def test_linear_contracts_the_named_axes():
+def test_linear_contracts_the_last_axes():
   x = jnp.asarray(_random(2, 3, 4, 5))
-  linear = layers.Linear((4, 5), (6, 7))
+  linear = layers.linear((6, 7), axes=2)
   params = linear.init(jax.random.key(0), x)["params"]
   params["bias"] = jnp.asarray(_random(6, 7))
   y = linear.apply({"params": params}, x)
@@ -44,7 +44,7 @@ def test_layernorm_normalizes_its_axes_together(shape):
   x = 3 + 2 * _random(2, 5, 4, 8)
   norm = layers.LayerNorm(shape, 1e-5)
   scale, bias = _random(*shape), _random(*shape)[::-1]
-  y = norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+  y = norm.apply({"params": {"scale": scale, "bias": bias}}, jnp.asarray(x))
   axes = tuple(range(-len(shape), 0))
   exact = x.astype(np.float64)
   exact -= exact.mean(axes, keepdims=True)
@@ -66,8 +66,8 @@ def test_feed_forward_uses_the_exact_gelu_and_the_inner_norm():
   config = _make(model_dim=8, ffn_dim=16)
   x = _random(1, 3, 8)
   ffn = layers.FeedForward(config)
-  params = ffn.init(jax.random.key(0), x)["params"]
-  y = ffn.apply({"params": params}, x)
+  params = ffn.init(jax.random.key(0), jnp.asarray(x))["params"]
+  y = ffn.apply({"params": params}, jnp.asarray(x))
   hidden = x @ np.asarray(params["fc1"]["kernel"])
   erf = np.vectorize(math.erf)
   hidden = hidden * 0.5 * (1 + erf(hidden / math.sqrt(2)))

@@ -439,6 +439,7 @@ def test_a_traced_scale_has_a_gradient():
   np.testing.assert_allclose(jax.grad(loss)(0.7), slope, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_must_be_static_says_so():
   attend = functools.partial(
     longnet_jax.dilated_attention, *inputs(1, 4, 1, 1, 2)
@@ -490,6 +491,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("message", REFUSALS)
 def test_bad_arguments_are_refused(message):
   options = {
@@ -502,6 +504,7 @@ def test_bad_arguments_are_refused(message):
   assert message in str(error.value)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
   "shapes, message",
   [

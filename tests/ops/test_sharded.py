@@ -154,6 +154,7 @@ def test_gradients_are_summed_in_float32_and_gathers_come_first():
   assert not [x for x in found if x.kind == "all-reduce"]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_refused():
   x = jnp.zeros((1, 12, 2, 4))
   attend = functools.partial(

@@ -3,6 +3,7 @@ import json
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from longnet_jax.training import curves, metrics
@@ -89,6 +90,6 @@ def test_curves_of_several_runs_in_one_picture(tmp_path):
 
 
 def test_smoothing_keeps_the_mean_of_a_line():
-  values = curves.smooth(list(range(100)), share=0.1)
+  values = curves.smooth(np.arange(100), share=0.1)
   assert values[50] == 50
   assert len(values) == 100
