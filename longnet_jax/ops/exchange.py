@@ -89,8 +89,8 @@ def first_device(exchange: Exchange) -> Int[Array, ""]:
 
 
 def gather(
-  exchange: Exchange, rows: Shaped[Array, "B G M *rest"]
-) -> Shaped[Array, "B G n *rest"]:
+  exchange: Exchange, rows: Shaped[Array, "B S M *rest"]
+) -> Shaped[Array, "B S n *rest"]:
   """Returns the rows of all slots, n = slots * M; eq. 23's all-gather."""
   if exchange.own is None:
     return lax.all_gather(
@@ -110,8 +110,8 @@ def gather(
 
 
 def scatter(
-  exchange: Exchange, rows: Float[Array, "B G n H"]
-) -> Float[Array, "B G M H"]:
+  exchange: Exchange, rows: Float[Array, "B S n *rest"]
+) -> Float[Array, "B S M *rest"]:
   """Returns for each own row the sum over all that gathered it.
 
   The transpose of `gather`, summed in the type of `rows`.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from jax import lax
 from jax import numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 import numpy as np
 
 from longnet_jax import pattern
@@ -61,7 +61,8 @@ class Call(NamedTuple):
     """Returns the phases (parts, N) of all heads, also of other devices."""
     parts, heads = self.place.parts, self.inputs.query.shape[2]
     name = self.settings.head_phase
-    return pattern.phases(parts * heads, rate, name).reshape(parts, heads)
+    phases = pattern.phases(parts * heads, rate, name).astype(np.int32)
+    return phases.reshape(parts, heads)
 
   def own(self, of_parts: np.ndarray) -> np.ndarray | Array:
     """Returns the line of (parts, ...) that is this device's."""
@@ -70,7 +71,9 @@ class Call(NamedTuple):
     part = lax.div(self.place.head, np.int32(self.inputs.query.shape[2]))
     return jnp.asarray(of_parts)[part]
 
-  def bits(self, branch: int, positions: Int[Array, "S R N"], side: int):
+  def bits(
+    self, branch: int, positions: Int[Array, "S R N"], side: int
+  ) -> UInt32[Array, "B S R N"] | None:
     """Returns the bits (B, S, R, N) that decide on dropout, or None."""
     if self.inputs.seed is None:
       return None

@@ -18,22 +18,21 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 import numpy as np
 
-Phases = Int[np.ndarray, "P K G"] | Int[Array, "P K G"]
+_Either = Array | np.ndarray  # NumPy where known before tracing
 
 
 class Cut(NamedTuple):
   """How rows are cut: segments of `length` rows, of which one in `rate` stays.
 
   phases: (P, K, G), the row of every `rate` that is kept, for each of the G
-    selections from each of K heads; for each segment, or P = 1 for all. NumPy
-    where known before tracing.
+    selections from each of K heads; for each segment, or P = 1 for all.
   dense: whether rows are selected by a masked sum, one pass over all of them
     without an index (TPU), rather than by taking only what is kept.
   """
 
   length: int
   rate: int
-  phases: Phases
+  phases: Int[_Either, "P K G"]
   dense: bool = False
 
   @property
@@ -111,7 +110,7 @@ def positions(
   return start + row, row < cut.length
 
 
-def count(cut: Cut, rows: Int[Array, "B S"]) -> Int[Array, "B S N"]:
+def count(cut: Cut, rows: Int[_Either, "B S"]) -> Int[Array, "B S N"]:
   """Returns how many rows are kept of each segment's first `rows`."""
   rows = jnp.clip(rows, 0, cut.length)[:, :, None]
   return (rows - _of_heads(cut)[None] + (cut.rate - 1)) // cut.rate

@@ -5,6 +5,7 @@ import functools
 
 import jax
 from jax import numpy as jnp
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -119,14 +120,31 @@ def _attend(settings, layout, mesh, return_residual, inputs):
   attend = functools.partial(
     mixture.attend, settings, layout, return_residual=return_residual
   )
-  found = jax.shard_map(
+  attend = jax.shard_map(
     attend,
     mesh=mesh,
     in_specs=(specs,),
     out_specs=tensors,
     axis_names={name for name in layout if name},
-  )(jax.tree.map(pad, inputs._replace(lengths=lengths)))
-  return jax.tree.map(lambda x: x[:, :length], found)
+  )
+  inputs = jax.tree.map(pad, inputs._replace(lengths=lengths))
+  if AxisType.Explicit not in mesh.axis_types:
+    found = attend(inputs)
+    return jax.tree.map(lambda x: x[:, :length], found)
+  # There, where an array lies is part of its type.
+  place = lambda spec, x: jax.sharding.reshard(x, NamedSharding(mesh, spec))
+  found = attend(
+    arguments.Inputs(
+      *(
+        jax.tree.map(functools.partial(place, p), x)
+        for p, x in zip(specs, inputs, strict=True)
+      )
+    )
+  )
+  if padding:
+    whole = P(layout.batch_axis, None, layout.head_axis)
+    found = jax.tree.map(lambda x: place(whole, x)[:, :length], found)
+  return found
 
 
 def over_mesh(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
