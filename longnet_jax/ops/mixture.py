@@ -26,9 +26,10 @@ from jax import numpy as jnp
 from longnet_jax.ops import arguments, attention, far, kernels, sharded
 from longnet_jax.ops import near as near_lib
 
-# Elements of the query in a window, and of those selected in a stretch: shorter
-# windows and segments are computed together.
-WINDOW, STRETCH = 2**23, 2**21
+# Elements of the query in a window; shorter ones are computed together.
+WINDOW = {"cpu": 2**23, "gpu": 2**26, "tpu": 2**26}
+# Elements of it that are selected at once; without a number, all of a window.
+STRETCH = {"cpu": 2**21}
 
 
 def attend(settings, layout, inputs, *, return_residual):
@@ -66,8 +67,9 @@ def _forward(settings, layout, return_residual, inputs):
   # First, so that they can run while the near branches are computed.
   arrived = [far.gather(call, branch) for branch in distant]
 
-  def step(stretch, total):
-    return attention.merge(*total, *near_lib.forward(call, stretch))
+  def step(branch, first, size, total):
+    rows = near_lib.Rows(inputs[:3], (), first, size)
+    return attention.merge(*total, *near_lib.forward(call, branch, rows))
 
   dtype = call.wide if distant else inputs.query.dtype
 
@@ -93,8 +95,9 @@ def _backward(settings, layout, return_residual, residuals, grads):
   terms = out, lse, dout, dlse if return_residual else None
   call, near, distant = _branches(settings, layout, inputs)
 
-  def step(stretch, total):
-    found = near_lib.backward(call, stretch, terms)
+  def step(branch, first, size, total):
+    rows = near_lib.Rows(inputs[:3], terms, first, size)
+    found = near_lib.backward(call, branch, rows)
     return tuple(map(jnp.add, total, found))
 
   dtype = call.wide if distant else inputs.query.dtype
@@ -138,8 +141,8 @@ def _over_windows(call, branches, step, nothing, dtype):
 
   Args:
     call: the `near.Call`.
-    branches: (index, w, r) of each.
-    step: (`near.Stretch`, total of its rows) -> their new total.
+    branches: the `near.Branch`es.
+    step: (branch, first, size, total of these rows) -> their new total.
     nothing: (rows of the inputs) -> their total before any branch.
     dtype: type of the results; the total of one window is wider.
   """
@@ -147,15 +150,14 @@ def _over_windows(call, branches, step, nothing, dtype):
     return None
 
   def one_stretch(branch, start, first, size, total):
-    stretch = near_lib.Stretch(*branch, start + first, size)
-    found = step(stretch, _slice(total, first, size))
-    return _update(total, found, first)
+    part = _slice(total, first, size)
+    return _update(total, step(branch, start + first, size, part), first)
 
   def one_window(start, size):
     total = nothing(_slice(call.inputs, start, size))
-    for branch in branches:
+    for branch in near_lib.nested(call, branches, size):
       run = functools.partial(one_stretch, branch, start)
-      total = _over_stretches(run, total, size, _together(call, branch))
+      total = _over_stretches(run, total, size, _together(call, branch, size))
     return total
 
   def in_place(start, size, whole):
@@ -185,19 +187,20 @@ def _over_stretches(run, total, length, size):
 def _window(call, branches):
   """Returns the rows of a window: whole segments of all branches."""
   batch, length, heads, width = call.inputs.query.shape
-  window = min(math.lcm(*(w for _, w, _ in branches)), length)
-  window *= max(1, WINDOW // (window * _known(batch) * heads * width))
+  window = min(math.lcm(*(branch.w for branch in branches)), length)
+  limit = WINDOW.get(call.settings.platform, WINDOW["gpu"])
+  window *= max(1, limit // (window * _known(batch) * heads * width))
   if length % window and length < 4 * window:
     return length  # the ragged end would be compiled apart, and save little
   return window
 
 
-def _together(call, branch):
-  """Returns the rows of the segments that are selected at once."""
-  _, w, r = branch
+def _together(call, branch, size):
+  """Returns the rows whose segments are selected at once, of `size`."""
   batch, _, heads, width = call.inputs.query.shape
-  selected = -(-w // r) * _known(batch) * heads * width
-  return w * max(1, STRETCH // selected)
+  selected = -(-branch.w // branch.r) * _known(batch) * heads * width
+  limit = STRETCH.get(call.settings.platform)
+  return branch.w * max(1, limit // selected) if limit else size
 
 
 def _known(batch):

@@ -8,6 +8,7 @@ prefix of them: causality, ragged ends and lengths need no more than that.
 import functools
 from typing import NamedTuple
 
+import jax
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Int, UInt32
@@ -85,73 +86,143 @@ class Call(NamedTuple):
     )
 
 
-class Stretch(NamedTuple):
-  """Some segments of a branch (w, r) inside a device's part.
+class Branch(NamedTuple):
+  """A branch (w, r) inside a device's part.
 
-  index: the branch's place among all.
-  first: the first row; may be traced.
-  length: rows, T.
+  index: its place among all.
+  children: branches whose rows are among its own (`nested`).
   """
 
   index: int
   w: int
   r: int
+  children: tuple["Branch", ...] = ()
+
+
+class Rows(NamedTuple):
+  """What a branch selects from: a stretch of the inputs, or a parent's rows.
+
+  tensors: query, key, value, (B, L, N or K, H).
+  terms: out, lse, dout, dlse (or None) of the mixture, backward.
+  first, length: of the stretch in the device's part; first may be traced.
+  cuts: how a parent cut queries and keys; None where this is the inputs.
+  """
+
+  tensors: tuple
+  terms: tuple
   first: Array | int
   length: int
+  cuts: tuple[selection.Cut, selection.Cut] | None = None
 
 
-def forward(call: Call, stretch: Stretch):
-  """Returns out (B, T, N, H) and lse (B, T, N) of a stretch."""
-  selected = _select(call, stretch)
-  out, lse = _attend(call, selected)
-  put_back = functools.partial(
-    selection.put_back, cut=selected.cut, length=stretch.length
+def forward(call: Call, branch: Branch, rows: Rows):
+  """Returns out (B, T, N, H) and lse (B, T, N) of a branch and its children."""
+  selected = _select(call, branch, rows)
+  found = _attend(call, selected)
+  for child in branch.children:
+    more = forward(call, child, _as_rows(selected, (), rows))
+    more = (x.reshape(y.shape) for x, y in zip(more, found, strict=True))
+    found = attention.merge(*found, *more)
+  out, lse = found
+  length = _length(rows)
+  return (
+    selection.put_back(out, selected.within[0], length),
+    selection.put_back(lse, selected.within[0], length, -jnp.inf),
   )
-  return put_back(out), put_back(lse, fill=-jnp.inf)
 
 
-def backward(call: Call, stretch: Stretch, terms: tuple):
-  """Returns dquery (B, T, N, H) and dkey, dvalue (B, T, K, H) of a stretch.
-
-  `terms` are out, lse, dout, dlse (or None) of the mixture, of all rows.
-  """
-  selected = _select(call, stretch)
-  take = functools.partial(
-    selection.select,
-    cut=selected.cut,
-    first=stretch.first,
-    length=stretch.length,
-  )
-  out, lse, dout, dlse = (None if x is None else take(x) for x in terms)
+def backward(call: Call, branch: Branch, rows: Rows):
+  """Returns dquery (B, T, N, H) and dkey, dvalue (B, T, K, H), as `forward`."""
+  selected = _select(call, branch, rows)
+  cut, key_cut = selected.within
+  take = functools.partial(_take, rows=rows, cut=cut)
+  terms = tuple(None if x is None else take(x) for x in rows.terms)
+  out, lse, dout, dlse = terms
   if not call.settings.mixing_gradient:
     out, _ = _attend(call, selected)
-  dquery, *dkeys = call.kernel.backward(
-    *selected.tensors,
-    selected.mask,
-    out,
-    lse,
-    dout,
-    dlse,
-    scale=call.settings.scale,
+  scale = call.settings.scale
+  grads = call.kernel.backward(
+    *selected.tensors, selected.mask, out, lse, dout, dlse, scale=scale
   )
-  length, kv_heads = stretch.length, call.inputs.key.shape[2]
+  for child in branch.children:
+    more = backward(call, child, _as_rows(selected, terms, rows))
+    more = (x.reshape(y.shape) for x, y in zip(more, grads, strict=True))
+    grads = tuple(map(jnp.add, grads, more))
+  length, heads = _length(rows), rows.tensors[1].shape[2]
 
-  def shared(x):  # the query heads of one key head add up
-    x = selection.put_back(x, selected.key_cut, length)
-    return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).sum(3)
+  def shared(x):  # what was selected of one key head adds up
+    x = selection.put_back(x, key_cut, length)
+    return x.reshape(*x.shape[:2], heads, -1, x.shape[-1]).sum(3)
 
-  dquery = selection.put_back(dquery, selected.cut, length)
-  return dquery, *map(shared, dkeys)
+  dquery, *dkeys = grads
+  return selection.put_back(dquery, cut, length), *map(shared, dkeys)
+
+
+def nested(call: Call, branches: list[Branch], length: int) -> list[Branch]:
+  """Returns the branches as trees, each below the last whose rows hold its own.
+
+  Those are the same rows where a rate is a multiple of the parent's and its
+  segments are whole segments of the parent, so that all levels together read
+  and write 1 + 1/4 + 1/16 + ... of the rows, for rates 1, 4, 16, ..., and not
+  all of them for each. By index only what is kept is read: there, no trees.
+  """
+  if not call.dense:
+    return branches
+  roots, parents = [], []
+  for branch in branches:
+    for parent in reversed(parents):
+      if _holds(call, parent[0], branch, length):
+        break
+    else:
+      parent = None
+    node = (branch, [])
+    (roots if parent is None else parent[1]).append(node)
+    parents.append(node)
+
+  def grown(node):
+    branch, children = node
+    return branch._replace(children=tuple(map(grown, children)))
+
+  return [grown(node) for node in roots]
+
+
+def _holds(call, parent, child, length):
+  """Returns whether the rows of a branch are among those of another."""
+  phases = call.all_phases(child.r) - call.all_phases(parent.r)
+  divided = parent.w % parent.r, child.r % parent.r, child.w % parent.w
+  return not any((*divided, length % parent.w, (phases % parent.r).any()))
 
 
 class _Selected(NamedTuple):
-  """What a kernel gets of a stretch, and how it was cut."""
+  """What a kernel gets of a stretch, and how queries and keys were cut.
+
+  cuts: of the positions. within: of the rows that they were selected from.
+  """
 
   tensors: tuple  # query, key, value
   mask: kernels.Mask
   zero_keys: Array | None  # how many a row meets, (B, S, N)
-  cut: selection.Cut
-  key_cut: selection.Cut
+  cuts: tuple[selection.Cut, selection.Cut]
+  within: tuple[selection.Cut, selection.Cut]
+
+
+def _as_rows(selected, terms, rows):
+  """Returns selected rows as what children select from."""
+  flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+  tensors, terms = jax.tree.map(flat, (selected.tensors, terms))
+  return rows._replace(tensors=tensors, terms=terms, cuts=selected.cuts)
+
+
+def _length(rows):
+  """Returns how many rows there are to select from."""
+  return rows.length if rows.cuts is None else rows.tensors[0].shape[1]
+
+
+def _take(x, rows, cut):
+  """Returns the rows of x that a cut of `rows` keeps."""
+  if rows.cuts is None:
+    return selection.select(x, cut, rows.first, rows.length)
+  return selection.select(x, cut)
 
 
 def _attend(call, selected):
@@ -167,49 +238,62 @@ def _attend(call, selected):
   return attention.merge(out, lse, jnp.zeros_like(out), zero_lse)
 
 
-def _select(call, stretch):
-  """Returns the `_Selected` of a stretch."""
-  inputs, (index, w, r, first, length) = call.inputs, stretch
-  cut, key_cut = _cuts(call, w, r)
-  where = {"first": first, "length": length}
-  positions, _ = selection.positions(cut, -(-length // w))
-  positions = call.place.start + first + positions[..., 0]
+def _select(call, branch, rows):
+  """Returns the `_Selected` of a branch."""
+  inputs, (first, length) = call.inputs, (rows.first, rows.length)
+  cuts = cut, key_cut = _cuts(call, branch, rows)
+  within = cuts
+  if rows.cuts is not None:
+    within = tuple(map(_within, cuts, rows.cuts))
   tensors = [
-    selection.select(x, c, **where).astype(call.product)
-    for x, c in zip(inputs[:3], (cut, key_cut, key_cut), strict=True)
+    _take(x, rows, c).astype(call.product)
+    for x, c in zip(rows.tensors, (*within, within[1]), strict=True)
   ]
+  start = call.place.start + first
   ends = None
   if inputs.lengths is not None:
-    ends = jnp.clip(inputs.lengths - (call.place.start + first), 0, length)
+    ends = jnp.clip(inputs.lengths - start, 0, length)
     tensors[1:] = (_hide(x, key_cut, ends) for x in tensors[1:])
   lengths, zero_keys = _key_counts(call, cut, length, ends)
-  bits = tuple(call.bits(index, positions, side) for side in (0, 1))
-  mask = kernels.Mask(
-    is_causal=call.settings.is_causal,
-    lengths=lengths,
-    ids=tuple(
-      tuple(selection.select_ids(x, c, **where) for c in (cut, key_cut))
-      for x in inputs.documents
-    ),
-    bits=None if inputs.seed is None else bits,
-    dropout_rate=call.settings.dropout_rate,
+  bits = None
+  if inputs.seed is not None:
+    positions, _ = selection.positions(cut, -(-length // branch.w))
+    positions = start + positions[..., 0]
+    bits = tuple(call.bits(branch.index, positions, side) for side in (0, 1))
+  ids = tuple(
+    tuple(selection.select_ids(x, c, first, length) for c in cuts)
+    for x in inputs.documents
   )
-  return _Selected(tuple(tensors), mask, zero_keys, cut, key_cut)
+  rate = call.settings.dropout_rate
+  mask = kernels.Mask(call.settings.is_causal, lengths, ids, bits, rate)
+  return _Selected(tuple(tensors), mask, zero_keys, cuts, within)
 
 
-def _cuts(call, w, r):
-  """Returns how query heads and key heads are cut.
+def _cuts(call, branch, rows):
+  """Returns how query heads and key heads are cut, by their positions.
 
   A key head is selected once if all of its query heads have the same phase,
   else for each of them.
   """
+  _, w, r, _ = branch
   kv_heads = call.inputs.key.shape[2]
   by_head = call.all_phases(r).reshape(call.place.parts, 1, kv_heads, -1)
   phases = call.own(by_head)
   cut = selection.Cut(w, r, phases.reshape(1, -1, 1), call.dense)
-  if (by_head == by_head[..., :1]).all():
+  alike = (by_head == by_head[..., :1]).all()
+  if alike and rows.tensors[1].shape[2] == kv_heads:
     phases = phases[..., :1]
   return cut, cut._replace(phases=phases)
+
+
+def _within(cut, parent):
+  """Returns the cut of a parent's rows that keeps what `cut` does."""
+  rate = parent.rate
+  phases = parent.phases.reshape(1, -1, 1)
+  phases = cut.phases.reshape(1, phases.shape[1], -1) - phases
+  return selection.Cut(
+    cut.length // rate, cut.rate // rate, phases // rate, cut.dense
+  )
 
 
 def _hide(rows, cut, ends):

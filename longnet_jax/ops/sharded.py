@@ -102,8 +102,8 @@ def split(
   parts: int,
   shards: int,
   axis_name: str | None,
-) -> tuple[list[tuple[int, int, int]], list[Far]]:
-  """Returns the near branches, (index, w, r) each, and the far ones.
+) -> tuple[list[near.Branch], list[Far]]:
+  """Returns the near branches and the far ones.
 
   Args:
     settings: the `arguments.Settings`.
@@ -120,7 +120,7 @@ def split(
   for index, (w, r) in enumerate(settings.branches):
     w = min(w, length * shards)
     if shards == 1 or length % w == 0:
-      near_branches.append((index, w, r))
+      near_branches.append(near.Branch(index, w, r))
       continue
     branch = max(w, r), r
     phases = pattern.phases(parts * num_heads, r, settings.head_phase)

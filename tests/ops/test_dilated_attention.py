@@ -38,7 +38,7 @@ def _run(static, implementation, query, key, value, dout, dlse, traced):
       query,
       key,
       value,
-      implementation=implementation,
+      implementation=implementation.split()[0],
       return_residual=True,
       **dict(static),
       **traced,
@@ -140,6 +140,9 @@ def test_family_equals_oracle(setting):
   wanted = expected(tensors, options, traced)
   for implementation in ("reference", "xla"):
     check(run(implementation, tensors, options, traced), wanted)
+  # Selection by sums, trees of branches, loops over segments alone.
+  with kernels.compiling_for("tpu"):
+    check(run("xla on tpu", tensors, options, traced), wanted)
 
 
 @pytest.mark.slow
@@ -152,6 +155,8 @@ def test_family_equals_oracle_at_length(setting):
   wanted = expected(tensors, options, traced)
   for implementation in ("reference", "xla"):
     check(run(implementation, tensors, options, traced), wanted)
+  with kernels.compiling_for("tpu"):
+    check(run("xla on tpu", tensors, options, traced), wanted)
 
 
 def test_oracle_gradient_is_that_of_finite_differences():
@@ -178,12 +183,30 @@ def test_oracle_gradient_is_that_of_finite_differences():
 @pytest.fixture
 def small_sizes(monkeypatch):
   """Sizes that force every loop: windows, stretches, tiles and blocks."""
-  sizes = xla.Sizes(block=3, key_block=4, tile=6, whole=4)
+  sizes = xla.Sizes(block=3, key_block=4, tile=6, whole=4, scores=1)
   monkeypatch.setitem(xla.SIZES, "small", sizes)
-  monkeypatch.setattr(mixture, "WINDOW", 1)
-  monkeypatch.setattr(mixture, "STRETCH", 1)
+  monkeypatch.setitem(mixture.WINDOW, "small", 1)
+  monkeypatch.setitem(mixture.STRETCH, "small", 1)
   with kernels.compiling_for("small"):
     yield
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("head_phase", ["interleaved", "blocked"])
+def test_branches_whose_rows_are_those_of_others(head_phase, kv_heads):
+  """Trees of three levels, and branches that fit into none."""
+  options = {
+    "segment_lengths": (4, 8, 16, 32, 32),
+    "dilation_rates": (1, 2, 4, 6, 3),
+    "is_causal": kv_heads != 2,
+    "head_phase": head_phase,
+    "mixing_gradient": kv_heads != 1,
+  }
+  tensors = inputs(2, 64, 4, kv_heads, 4)
+  traced = {"key_value_seq_lengths": jnp.array([64, 43])}
+  with kernels.compiling_for("tpu"):
+    found = run("xla on tpu", tensors, options, traced)
+  check(found, expected(tensors, options, traced))
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -127,10 +127,10 @@ def test_examples_and_heads_may_be_split_as_well():
 
 @pytest.mark.parametrize("case, is_causal", [("ragged", False), ("even", True)])
 def test_long_rows_are_cut_into_tiles(case, is_causal, monkeypatch):
-  sizes = xla.Sizes(block=3, key_block=4, tile=6, whole=4)
+  sizes = xla.Sizes(block=3, key_block=4, tile=6, whole=4, scores=1)
   monkeypatch.setitem(xla.SIZES, "small", sizes)
-  monkeypatch.setattr(mixture, "WINDOW", 1)
-  monkeypatch.setattr(mixture, "STRETCH", 1)
+  monkeypatch.setitem(mixture.WINDOW, "small", 1)
+  monkeypatch.setitem(mixture.STRETCH, "small", 1)
   attend = functools.partial(
     longnet_jax.sequence_parallel_attention, mesh=mesh_lib.make_mesh(seq=2)
   )

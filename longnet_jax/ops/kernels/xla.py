@@ -9,7 +9,6 @@ copies of keys, queries and dO that are transposed once a tile.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -28,20 +27,29 @@ class Sizes(NamedTuple):
   key_block: key rows that meet a tile of queries at once, backward.
   tile: rows of a tile where a sequence is cut into several.
   whole: sequences of at most so many rows are not cut.
-  scores: scores in flight of a loop over sequences; 0 for all of them at once.
+  scores: scores in flight: as many sequences are computed at once.
+  by_head: whether a loop may go over heads and examples, too.
   """
 
   block: int
   key_block: int
   tile: int
   whole: int
-  scores: int = 0
+  scores: int
+  by_head: bool = False
 
 
 SIZES = {
-  "cpu": Sizes(block=256, key_block=320, tile=2048, whole=4096, scores=2**19),
-  "gpu": Sizes(block=512, key_block=512, tile=2048, whole=2048),
-  "tpu": Sizes(block=512, key_block=512, tile=2048, whole=2048),
+  "cpu": Sizes(
+    block=256,
+    key_block=320,
+    tile=2048,
+    whole=4096,
+    scores=2**19,
+    by_head=True,
+  ),
+  "gpu": Sizes(block=512, key_block=512, tile=2048, whole=2048, scores=2**29),
+  "tpu": Sizes(block=512, key_block=512, tile=2048, whole=2048, scores=2**27),
 }
 
 
@@ -128,9 +136,9 @@ def _shape(query, key, mask, sizes):
 def _over_sequences(run, queries, keys, mask, sizes):
   """Returns arrays (B, S, K, G, ...) of what `run` returns of each sequence.
 
-  All at once, so that batch and heads stay axes of every product and what is
-  split over devices along them stays so. Where a loop is faster and nothing
-  can be split, one after another, or several if they are short.
+  As many at once as `sizes` allows, in a loop. It goes over segments: batch and
+  heads stay axes of every product, so that what is split over devices along
+  them stays so; over these too where a loop is faster and nothing is split.
 
   Args:
     run: (`_Rows` of queries, of keys, length or None) -> arrays.
@@ -139,47 +147,69 @@ def _over_sequences(run, queries, keys, mask, sizes):
     mask: the `kernels.Mask`.
     sizes: the `Sizes`.
   """
+  rows, shared = _arranged(queries, keys, mask)
+  axes = rows[0].tensors[0].shape[:4]
+  alike = (
+    mask.lengths if mask.lengths is not None and not mask.lengths.ndim else None
+  )
+
+  def one(rows, shared):
+    rows, bits, length = rows
+    length = alike if length is None else length[0]
+    return run(rows, _Rows(*shared, bits), length)
+
+  scores = min(queries[0].shape[2], sizes.block) * keys[0].shape[2]
+  if sizes.by_head and _is_local():
+    spread = lambda x: jnp.broadcast_to(x, (*axes, *x.shape[4:]))
+    flat = lambda x: x.reshape(-1, *x.shape[4:])
+    shared = jax.tree.map(spread, shared)
+    found = _few_at_once(
+      one, jax.tree.map(flat, (rows, shared)), sizes.scores // scores
+    )
+    return jax.tree.map(lambda x: x.reshape(*axes, *x.shape[1:]), found)
+  shared = jax.tree.map(lambda x: x[:, :, :, 0], shared)
+  every = jax.vmap(jax.vmap(jax.vmap(one, (0, None))))
+  first = lambda x: jnp.moveaxis(x, 1, 0)
+  batch, _, kv_heads, group = axes
+  heads = kv_heads * group * (batch if isinstance(batch, int) else 1)
+  found = _few_at_once(
+    every,
+    jax.tree.map(first, (rows, shared)),
+    sizes.scores // (scores * heads),
+  )
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
+
+
+def _arranged(queries, keys, mask):
+  """Returns what differs from sequence to sequence, (B, S, K, G, ...) each.
+
+  That is (`_Rows` of queries, random bits of keys, length (1,)), and what the
+  query heads of a key head share, G = 1: (key and value, ids).
+  """
   heads_first = functools.partial(_heads_first, kv_heads=keys[0].shape[3])
   query_ids, key_ids = zip(*mask.ids, strict=True) if mask.ids else ((), ())
   bits, key_bits = mask.bits or (None, None)
-  length = mask.lengths
-  if length is not None and length.ndim:
-    length = length[:, :, None]
-  # Only the keys themselves are shared by the query heads of a key head.
-  by_query, shared = jax.tree.map(
-    lambda x: heads_first(x) if x.ndim else x,
-    ((_Rows(queries, query_ids, bits), key_bits, length), (keys, key_ids)),
-  )
-  axes = by_query[0].tensors[0].shape[:4]
-  by_query = jax.tree.map(
-    lambda x: jnp.broadcast_to(x, (*axes, *x.shape[4:])), by_query
-  )
-  looped = sizes.scores and _is_local()
-  heads = axes if looped else (*axes[:3], 1)
-  shared = jax.tree.map(
-    lambda x: jnp.broadcast_to(x, (*heads, *x.shape[4:])), shared
+  length = None
+  if mask.lengths is not None and mask.lengths.ndim:
+    length = mask.lengths[:, :, None]
+  rows = _Rows(queries, query_ids, bits), key_bits, length
+  rows, shared = jax.tree.map(heads_first, (rows, (keys, key_ids)))
+  axes = rows[0].tensors[0].shape[:4]
+  spread = lambda x, axes: jnp.broadcast_to(x, (*axes, *x.shape[4:]))
+  return (
+    jax.tree.map(lambda x: spread(x, axes), rows),
+    jax.tree.map(lambda x: spread(x, (*axes[:3], 1)), shared),
   )
 
-  def one(by_query, shared):
-    rows, bits, length = by_query
-    if length is not None:
-      length = length.reshape(())
-    return run(rows, _Rows(*shared, bits), length)
 
-  if not looped:
-    shared = jax.tree.map(lambda x: x[:, :, :, 0], shared)
-    together = jax.vmap(one, (0, None))
-    for _ in range(3):
-      together = jax.vmap(together)
-    return together(by_query, shared)
-  flat = jax.tree.map(
-    lambda x: x.reshape(math.prod(axes), *x.shape[4:]), (by_query, shared)
-  )
-  scores = min(queries[0].shape[2], sizes.block) * keys[0].shape[2]
-  few = _divisor(math.prod(axes), at_most=sizes.scores // scores)
+def _few_at_once(run, arrays, limit):
+  """Returns `run(*x)` for each line of the arrays, up to `limit` at once."""
+  count = len(jax.tree.leaves(arrays)[0])
+  few = _divisor(count, at_most=limit)
+  if few == count:
+    return jax.vmap(run)(*arrays)
   size = few if few > 1 else None
-  found = lax.map(lambda x: one(*x), flat, batch_size=size)
-  return jax.tree.map(lambda x: x.reshape(*axes, *x.shape[1:]), found)
+  return lax.map(lambda x: run(*x), arrays, batch_size=size)
 
 
 def _divisor(number, at_most):
