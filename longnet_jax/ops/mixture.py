@@ -69,7 +69,8 @@ def _forward(settings, layout, return_residual, inputs):
 
   def step(branch, first, size, total):
     rows = near_lib.Rows(inputs[:3], (), first, size)
-    return attention.merge(*total, *near_lib.forward(call, branch, rows))
+    found = near_lib.forward(call, branch, rows)
+    return attention.merge(*total, *found) if total else found
 
   dtype = call.wide if distant else inputs.query.dtype
 
@@ -98,7 +99,7 @@ def _backward(settings, layout, return_residual, residuals, grads):
   def step(branch, first, size, total):
     rows = near_lib.Rows(inputs[:3], terms, first, size)
     found = near_lib.backward(call, branch, rows)
-    return tuple(map(jnp.add, total, found))
+    return tuple(map(jnp.add, total, found)) if total else found
 
   dtype = call.wide if distant else inputs.query.dtype
 
@@ -142,21 +143,22 @@ def _over_windows(call, branches, step, nothing, dtype):
   Args:
     call: the `near.Call`.
     branches: the `near.Branch`es.
-    step: (branch, first, size, total of these rows) -> their new total.
-    nothing: (rows of the inputs) -> their total before any branch.
+    step: (branch, first, size, total of these rows or None) -> new total.
+    nothing: (rows of the inputs) -> arrays for the total of all branches.
     dtype: type of the results; the total of one window is wider.
   """
   if not branches:
     return None
 
-  def one_stretch(branch, start, first, size, total):
-    part = _slice(total, first, size)
+  def one_stretch(branch, is_first, start, first, size, total):
+    # What the first branch finds is not added to anything.
+    part = None if is_first else _slice(total, first, size)
     return _update(total, step(branch, start + first, size, part), first)
 
   def one_window(start, size):
     total = nothing(_slice(call.inputs, start, size))
-    for branch in near_lib.nested(call, branches, size):
-      run = functools.partial(one_stretch, branch, start)
+    for i, branch in enumerate(near_lib.nested(call, branches, size)):
+      run = functools.partial(one_stretch, branch, i == 0, start)
       total = _over_stretches(run, total, size, _together(call, branch, size))
     return total
 
@@ -165,8 +167,11 @@ def _over_windows(call, branches, step, nothing, dtype):
     found = tuple(x.astype(y.dtype) for x, y in zip(found, whole, strict=True))
     return _update(whole, found, start)
 
-  length, window = call.inputs.query.shape[1], _window(call, branches)
-  if length <= window:
+  length = call.inputs.query.shape[1]
+  window = _window(call, branches)
+  # Segment by segment, a total that is the result itself needs no windows.
+  is_result = call.settings.platform in STRETCH and dtype == call.wide
+  if is_result or length <= window:
     return one_window(0, length)
   whole = nothing(call.inputs)
   whole = tuple(x.astype(dtype) if x.ndim == 4 else x for x in whole)
