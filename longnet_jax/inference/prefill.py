@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from longnet_jax import pattern
 from longnet_jax.inference import cache as cache_lib
 from longnet_jax.inference import decode, rows
 from longnet_jax.models import attention, transformer
@@ -74,8 +75,7 @@ def prefill(
       f" from 0 to {config.vocab_size - 1}"
     )
   batch, length = tokens.shape
-  if chunk < 1:
-    raise ValueError(f"chunk is {chunk}; it must be at least 1")
+  chunk = pattern.as_int("chunk", chunk)
   lengths = _checked_lengths(lengths, batch, length)
   if max_length is None and config.attention != "dilated":
     max_length = max(config.max_positions, length)

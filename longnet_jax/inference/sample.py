@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -52,8 +53,15 @@ def generate(
     ValueError: a setting is out of range, or the positions cannot number the
       longest prompt and its continuation.
   """
-  lengths = _check_prompts(config, prompts)
-  _check_settings(config, max_new_tokens, temperature, top_k, top_p, seed)
+  prompts = _checked_prompts(config, prompts)
+  lengths = [len(prompt) for prompt in prompts]
+  # Python integers: those of NumPy lack methods, and overflow.
+  max_new_tokens = _whole("max_new_tokens", max_new_tokens, 1)
+  seed = _whole("seed", seed, 0, 2**31 - 1)
+  top_k = config.vocab_size if top_k is None else top_k
+  top_k = _whole("top_k", top_k, 1, config.vocab_size)
+  stop_tokens = _checked_stops(stop_tokens)
+  _check_temperature(temperature, top_p)
   needed = _check_room(config, max(lengths), max_new_tokens)
   tokens = np.zeros((len(prompts), max(lengths)), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
@@ -69,7 +77,7 @@ def generate(
     _draw,
     seed=seed,
     temperature=float(temperature),
-    top_k=config.vocab_size if top_k is None else top_k,
+    top_k=top_k,
     top_p=float(top_p),
   )
   new = [[] for _ in prompts]
@@ -109,20 +117,49 @@ def _draw(logits, position, *, seed, temperature, top_k, top_p):
   return jax.vmap(draw_one)(jnp.arange(len(logits)), logits, position)
 
 
-def _check_prompts(config, prompts):
-  """Returns the lengths of the prompts."""
+def _checked_prompts(config, prompts):
+  """Returns each prompt as an array of ids, or raises ValueError."""
+  if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__"):
+    raise ValueError(
+      f"prompts is {_shown(prompts)}; give a list of prompts, each a sequence"
+      " of token ids (text becomes ids by a tokenizer's encode)"
+    )
   if not len(prompts):
     raise ValueError("prompts is empty; give at least one prompt")
-  for i, prompt in enumerate(prompts):
-    if not len(prompt):
-      raise ValueError(f"prompt {i} is empty; begin it with the separator")
-    lowest, highest = np.min(prompt), np.max(prompt)
-    if lowest < 0 or highest >= config.vocab_size:
-      raise ValueError(
-        f"prompt {i} has ids from {lowest} to {highest}; the vocabulary is 0 to"
-        f" {config.vocab_size - 1}"
-      )
-  return [len(prompt) for prompt in prompts]
+  return [
+    _checked_prompt(config, i, prompt) for i, prompt in enumerate(prompts)
+  ]
+
+
+def _checked_prompt(config, i, prompt):
+  try:
+    ids = np.asarray(prompt)
+  except ValueError:  # nested, and of several lengths
+    ids = np.empty((0, 0))
+  if ids.ndim == 1 and not len(ids):
+    raise ValueError(f"prompt {i} is empty; begin it with the separator")
+  if ids.ndim != 1 or ids.dtype.kind not in "iu":
+    raise ValueError(
+      f"prompt {i} is {_shown(prompt)}; give a list of prompts, each a sequence"
+      " of token ids (text becomes ids by a tokenizer's encode)"
+    )
+  lowest, highest = ids.min(), ids.max()
+  if lowest < 0 or highest >= config.vocab_size:
+    raise ValueError(
+      f"prompt {i} has ids from {lowest} to {highest}; the vocabulary is 0 to"
+      f" {config.vocab_size - 1}"
+    )
+  return ids
+
+
+def _checked_stops(stop_tokens):
+  """Returns the ids as a set, or raises ValueError."""
+  try:
+    return {operator.index(token) for token in stop_tokens}
+  except TypeError:
+    raise ValueError(
+      f"stop_tokens is {_shown(stop_tokens)}; give a sequence of token ids"
+    ) from None
 
 
 def _check_room(config, longest, max_new_tokens):
@@ -143,18 +180,35 @@ def _check_room(config, longest, max_new_tokens):
   return needed
 
 
-def _check_settings(config, max_new_tokens, temperature, top_k, top_p, seed):
-  if max_new_tokens < 1:
+def _whole(name, value, lowest, highest=np.inf):
+  """Returns an integer, NumPy's included, as Python's; or raises ValueError."""
+  try:
+    number = operator.index(value)
+  except TypeError:
+    raise ValueError(f"{name} is {_shown(value)}; use a whole number") from None
+  if not lowest <= number <= highest:
+    bounded = highest < np.inf
+    legal = f"use {lowest} to {highest}" if bounded else "it must be at least 1"
+    raise ValueError(f"{name} is {number}; {legal}")
+  return number
+
+
+def _check_temperature(temperature, top_p):
+  try:
+    temperature, top_p = float(temperature), float(top_p)
+  except (TypeError, ValueError):
     raise ValueError(
-      f"max_new_tokens is {max_new_tokens}; it must be at least 1"
-    )
+      f"temperature is {_shown(temperature)} and top_p is {_shown(top_p)}; both"
+      " must be numbers"
+    ) from None
   if not 0 <= temperature < np.inf:
     raise ValueError(
       f"temperature is {temperature}; use 0 for the likeliest token or more"
     )
-  if not 0 <= seed < 2**31:
-    raise ValueError(f"seed is {seed}; use 0 to {2**31 - 1}")
-  if top_k is not None and not 1 <= top_k <= config.vocab_size:
-    raise ValueError(f"top_k is {top_k}; use 1 to {config.vocab_size}")
   if not 0 < top_p <= 1:
     raise ValueError(f"top_p is {top_p}; use more than 0 and at most 1")
+
+
+def _shown(value):
+  text = repr(value)
+  return text if len(text) <= 80 else f"{text[:80]}..."
