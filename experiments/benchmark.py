@@ -23,9 +23,13 @@ _MODE = flags.DEFINE_enum(
 _PASSES = flags.DEFINE_list(
   "passes", list(attention_speed.MODES), "of --mode=attention: which are timed"
 )
-_LAYERS = flags.DEFINE_integer("layers", 4, "layers of --mode=decode")
-_HEADS = flags.DEFINE_integer("heads", 12, "attention heads")
-_HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "width of a head")
+_LAYERS = flags.DEFINE_integer(
+  "layers", 4, "layers of --mode=decode", lower_bound=1
+)
+_HEADS = flags.DEFINE_integer("heads", 12, "attention heads", lower_bound=1)
+_HEAD_DIM = flags.DEFINE_integer(
+  "head_dim", 64, "width of a head", lower_bound=1
+)
 _SEGMENTS = flags.DEFINE_list(
   "segment_lengths", ["2048", "4096", "8192", "16384", "32768"], "w of branches"
 )
@@ -39,7 +43,10 @@ _DTYPE = flags.DEFINE_enum(
 _BATCH = flags.DEFINE_integer("batch", 1, "sequences at once", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs", lower_bound=1)
 _MAX_SECONDS = flags.DEFINE_float(
-  "max_seconds", 60.0, "a core whose next run would take longer is left out"
+  "max_seconds",
+  60.0,
+  "a core whose next run would take longer is left out",
+  lower_bound=0,
 )
 _DENSE = flags.DEFINE_bool("dense", True, "measure dense attention beside it")
 _OUT = flags.DEFINE_string("out", "runs/benchmark", "folder to write to")

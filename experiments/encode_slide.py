@@ -26,9 +26,11 @@ from longnet_jax.training import state as state_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "of imported weights")
 _SLIDE = flags.DEFINE_string("slide", None, ".npz with tiles and coords")
-_NUM_TILES = flags.DEFINE_integer("num_tiles", 100_000, "of a synthetic slide")
-_LAYERS = flags.DEFINE_integer("layers", 12, "of random weights")
-_WIDTH = flags.DEFINE_integer("width", 768, "of random weights")
+_NUM_TILES = flags.DEFINE_integer(
+  "num_tiles", 100_000, "of a synthetic slide", lower_bound=1
+)
+_LAYERS = flags.DEFINE_integer("layers", 12, "of random weights", lower_bound=1)
+_WIDTH = flags.DEFINE_integer("width", 768, "of random weights", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, ".npz to write")
 _JSON = flags.DEFINE_string("json", None, "JSON to write measurements into")
 

@@ -111,6 +111,12 @@ def test_a_length_past_the_positions_is_refused(parts):
     evaluate.evaluate(*parts, [16, 99_999_999])
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "batch_tokens", "loss_chunk"])
+def test_no_number_of_tokens_is_refused(parts, name):
+  with pytest.raises(ValueError, match=f"{name} is -5: must be 1 or more"):
+    evaluate.evaluate(*parts, [16], **{name: -5})
+
+
 def test_table_json_and_picture(evaluation, tmp_path):
   text = evaluate.table(evaluation)
   assert "a byte trigram reaches" in text
