@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from longnet_jax.interop import npz
 from longnet_jax.interop.tensors import State
 from longnet_jax.models import longvit, slide_encoder, transformer
 
@@ -27,11 +28,7 @@ def read(
 
   Without "param/" names every array is of the state and of the others.
   """
-  with open(path, "rb") as file:
-    try:
-      arrays = dict(np.load(file, allow_pickle=False))
-    except Exception as error:  # what is damaged can raise anything
-      raise ValueError(f"{path} is no .npz file of plain arrays") from error
+  arrays = npz.read(path)
   config = None
   if "config" in arrays:
     try:
