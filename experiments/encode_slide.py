@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments import command, hardware
-from longnet_jax.interop import gigapath, npz
+from longnet_jax.interop import gigapath, npz, torchscale
 from longnet_jax.models import slide_encoder, slides
 from longnet_jax.training import checkpoint
 from longnet_jax.training import state as state_lib
@@ -40,6 +40,9 @@ def main(_) -> None:
   config, params = _model()
   slide = _slide(config)
   slides.check_slide(config, slide)
+  # The class token stands before the tiles.
+  if note := torchscale.misplaced(config, 1 + len(slide.tiles)):
+    print(f"note: {note}")
   outputs, seconds = encode(config, params, slide)
   record = {
     "tiles": len(slide.tiles),

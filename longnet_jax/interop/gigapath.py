@@ -19,6 +19,7 @@ from longnet_jax.models import slide_encoder
 RELEASED = ((12, 768), (24, 1024), (12, 1536))
 _RELEASED_HEADS = 16
 _DILATION_RATES = (1, 2, 4, 8, 16)
+_ANCHOR = "encoder.layers.0.self_attn.q_proj.weight"
 
 # What a config may say, by upstream's names, and what it says if not given.
 _DEFAULTS = {
@@ -39,7 +40,8 @@ def convert(
   """Returns the config and parameters of a slide encoder.
 
   Args:
-    state: upstream's state dict as NumPy arrays.
+    state: upstream's state dict as NumPy arrays; a prefix, such as "module." or
+      "slide_encoder.", may stand before the names.
     config: what differs from the released models, by upstream's names: heads,
       segment_lengths, dilation_rates, slide_ngrids, tile_size, max_wsi_size,
       dropout, drop_path_rate. Sizes that the tensors tell (depth, embed_dim,
@@ -49,6 +51,7 @@ def convert(
     ValueError: names an unknown key, a size that the tensors contradict, or the
       tensors that are missing, left over or of the wrong shape.
   """
+  state = tensors.unwrapped(state, _ANCHOR)
   slide_config = infer_config(state, config)
   width = slide_config.tile_dim
   abstract = tensors.abstract_params(
@@ -75,6 +78,7 @@ def infer_config(
 ) -> slide_encoder.SlideEncoderConfig:
   """Returns the config that tensors and `config` (see `convert`) describe."""
   config = dict(config or {})
+  state = tensors.unwrapped(state, _ANCHOR)
   depth = tensors.count_layers(state, "encoder.layers.")
   width, channels = tensors.shape_of(state, "patch_embed.proj.weight", 2)
   hidden, _ = tensors.shape_of(state, "encoder.layers.0.ffn.fc1.weight", 2)

@@ -98,8 +98,17 @@ def _functions(config):
     return functions, ("images",)
   return {
     "logits": transformer.LongNetLM(config).apply,
-    "encoder_out": transformer.LongNetEncoder(config).apply,
+    "encoder_out": functools.partial(_encoder_out, config),
   }, ("tokens",)
+
+
+def _encoder_out(config, variables, tokens):
+  """Features, or logits if there is an output layer, as torchscale has it."""
+  features = transformer.LongNetEncoder(config).apply(variables, tokens)
+  params = variables["params"]
+  if "output" not in params and not config.tie_embeddings:
+    return features
+  return transformer.unembed(features, transformer.output_matrix(params))
 
 
 def _narrow(array):
