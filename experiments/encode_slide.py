@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments import command, hardware
-from longnet_jax.interop import gigapath, npz, torchscale
+from longnet_jax.interop import gigapath, torchscale
 from longnet_jax.models import slide_encoder, slides
 from longnet_jax.training import checkpoint
 from longnet_jax.training import state as state_lib
@@ -137,11 +137,7 @@ def _slide(config):
     return synthetic_slide(
       _NUM_TILES.value, config.tile_dim, config.tile_size, seed=0
     )
-  arrays = npz.read(_SLIDE.value)
-  missing = sorted({"tiles", "coords"} - arrays.keys())
-  if missing:
-    raise ValueError(f"{_SLIDE.value} has no {' and no '.join(missing)}")
-  return slides.Slide(arrays["tiles"], arrays["coords"])
+  return gigapath.read_slide(_SLIDE.value)
 
 
 def _peak_bytes():

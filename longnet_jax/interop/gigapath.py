@@ -5,14 +5,15 @@ Source: https://github.com/prov-gigapath/prov-gigapath.
 
 from collections.abc import Mapping
 import math
+import os
 from typing import Any
 
 import jax
 import numpy as np
 
-from longnet_jax.interop import keywords, tensors, torchscale
+from longnet_jax.interop import keywords, npz, tensors, torchscale
 from longnet_jax.interop.tensors import State, Tensor
-from longnet_jax.models import slide_encoder
+from longnet_jax.models import slide_encoder, slides
 
 # (layers, width) of the released architectures; all have 16 heads, which the
 # tensors do not tell.
@@ -71,6 +72,20 @@ def export(
   """Returns the state dict that upstream loads for these parameters."""
   keywords.check_exportable(config, decoder=False)
   return tensors.export(params, model_tensors(config))
+
+
+def read_slide(path: str | os.PathLike) -> slides.Slide:
+  """Returns the slide in an .npz file of tiles (T, C) and coords (T, 2).
+
+  Raises:
+    ValueError: one line; the file is none, is damaged or lacks one of them.
+      Whether they make a slide is for `slides.check_slide` to say.
+  """
+  arrays = npz.read(path)
+  missing = sorted({"tiles", "coords"} - arrays.keys())
+  if missing:
+    raise ValueError(f"{path} has no {' and no '.join(missing)}")
+  return slides.Slide(arrays["tiles"], arrays["coords"])
 
 
 def infer_config(

@@ -180,3 +180,18 @@ def test_a_prefix_changes_nothing(small, read_golden, prefix):
   found = gigapath.convert(state, config)
   assert found[0] == wanted
   jax.tree.map(np.testing.assert_array_equal, found[1], params)
+
+
+def test_slides_are_read_from_files(tmp_path):
+  path = tmp_path / "slide.npz"
+  tiles, coords = np.ones((2, 3), np.float32), np.array([[0, 0], [256, 0]])
+  np.savez(path, tiles=tiles, coords=coords, more=np.ones(3))
+  slide = gigapath.read_slide(path)
+  np.testing.assert_array_equal(slide.tiles, tiles)
+  np.testing.assert_array_equal(slide.coords, coords)
+  np.savez(path, features=tiles)
+  with pytest.raises(ValueError, match="slide.npz has no coords and no tiles"):
+    gigapath.read_slide(path)
+  path.write_bytes(path.read_bytes()[:-9])
+  with pytest.raises(ValueError, match="slide.npz is no .npz file of plain"):
+    gigapath.read_slide(path)
