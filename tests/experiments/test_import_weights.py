@@ -36,6 +36,7 @@ def _run(command, *arguments, fails=False, **options):
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
+    errors="replace",  # what a model writes may be any bytes
   )
   assert process.returncode == (1 if fails else 0), process.stderr
   return process.stderr if fails else process.stdout
