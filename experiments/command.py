@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import contextlib
+import pathlib
 import shlex
 import sys
 import traceback
@@ -102,7 +103,12 @@ def _fail_to_load(arguments, error):
   reason = str(error)
   if isinstance(error, OSError):  # the library lists where it looked
     reason = "no such file; use one such as configs/quickstart.py"
-  files = " ".join(a for a in arguments if a.startswith("--config="))
+  named = [
+    a if "=" in a else f"{a} {following}"
+    for a, following in zip(arguments, [*arguments[1:], ""], strict=True)
+    if a.startswith(("--config=", "-config=")) or a in ("--config", "-config")
+  ]
+  files = " ".join(named) or "that is the default"
   fail(checked.RefusedError(f"cannot load the config {files}: {reason}"))
 
 
@@ -131,6 +137,8 @@ def _default() -> ml_collections.ConfigDict:
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
   """The flag --config=FILE with --config.KEY=VALUE to change settings."""
+  if default:  # beside this file, wherever the command is started
+    default = str(pathlib.Path(__file__).parent.parent / default)
   with _explained(sys.argv):  # a default is loaded here, and keys set in it
     return config_flags.DEFINE_config_file(
       "config", default, "settings of the experiment, a file in configs/"

@@ -26,7 +26,10 @@ _SPLIT = flags.DEFINE_enum(
   "split", "test", data_config.SPLITS, "which documents to read"
 )
 _MAX_TOKENS = flags.DEFINE_integer(
-  "max_tokens", 1_000_000, "tokens of the split to read, spread evenly"
+  "max_tokens",
+  1_000_000,
+  "tokens of the split to read, spread evenly",
+  lower_bound=1,
 )
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "latest", "latest, best (by validation) or a step"

@@ -1,6 +1,7 @@
 """Imports weights: python -m experiments.import_weights SRC --kind=KIND.
 
-SRC is a torch .pth, .pt or .bin file, a .safetensors file or a golden .npz.
+SRC is a torch .pth, .pt or .bin file, a .safetensors file, the .index.json file
+of either in shards, or a golden .npz.
 Writes WORKDIR/checkpoints, which load_checkpoint reads, and for decoders what
 experiments.evaluate and experiments.generate need. --config is the model's
 keyword dictionary in torchscale's or upstream's names, as JSON or as the path
@@ -20,6 +21,7 @@ from longnet_jax import checked, interop
 from longnet_jax.data import tokenizers
 from longnet_jax.interop import golden, keywords
 from longnet_jax.models import config as model_config
+from longnet_jax.models import longvit
 from longnet_jax.training import checkpoint
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import state as state_lib
@@ -60,6 +62,11 @@ def main(arguments) -> None:
   config, params = _convert(state, keyword_config)
   count = state_lib.num_parameters(params)
   print(f"{_KIND.value}: {len(state)} tensors, {count:,} parameters")
+  length = None
+  if isinstance(config, longvit.LongViTConfig):
+    length = config.num_patches
+  if note := interop.torchscale.misplaced(config, length):
+    print(f"note: {note}")
   if _CHECK.value:
     _check(config, params)
   is_decoder = _KIND.value == "torchscale" and keywords.is_decoder(
@@ -79,6 +86,8 @@ def _read(source: pathlib.Path):
     return state, config or stored
   if source.suffix == ".safetensors":
     return interop.read_safetensors(source), config
+  if source.name.endswith(".index.json"):
+    return interop.read_sharded(source, key=_KEY.value), config
   return interop.read_pth(source, key=_KEY.value), config
 
 

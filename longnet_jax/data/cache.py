@@ -3,13 +3,19 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import fcntl
+import functools
+import hashlib
+import json
 import os
 import pathlib
 import shutil
+import sys
 
 import tensorflow_datasets as tfds
 
 from longnet_jax.data import config as config_lib
+
+_SUMS = "checksums.json"
 
 
 def data_root(config: config_lib.DataConfig) -> pathlib.Path:
@@ -41,23 +47,86 @@ def locked(path: pathlib.Path) -> Iterator[None]:
 
 
 def build_once(path: pathlib.Path, build: Callable[[pathlib.Path], None]):
-  """Calls `build(folder)` unless `path` exists, then renames folder to path.
+  """Calls `build(folder)` unless `path` is whole, then renames folder to path.
 
   Safe when several processes call it at once, and when one is killed at any
-  moment: what it left is removed by the next call.
+  moment: what it left is removed by the next call. A folder whose bytes are no
+  longer those that were built is built again, and a line on stderr says so.
   """
-  if path.exists():
+  if _damage(path) is None:
     return
   with locked(path):
-    if path.exists():  # another process held the lock and built it
+    damage = _damage(path)
+    if damage is None:  # another process held the lock and built it
       return
     partial = path.with_name(path.name + ".partial")
     if partial.exists():
       shutil.rmtree(partial)
+    if path.exists():
+      print(
+        f"{os.fspath(path)!r} is damaged ({damage}): it is built again",
+        file=sys.stderr,
+        flush=True,
+      )
+      os.rename(path, partial)
+      shutil.rmtree(partial)
     partial.mkdir()
     try:
       build(partial)
+      _seal(partial)
     except BaseException:
       shutil.rmtree(partial)
       raise
     os.rename(partial, path)
+    _sync(path.parent)
+
+
+def _seal(folder: pathlib.Path):
+  """Writes down what the files are, and all of it to the disk.
+
+  A rename may reach the disk before the bytes do; then a crash of the machine
+  leaves a folder that looks whole.
+  """
+  sums = {}
+  for path in sorted(folder.iterdir()):
+    _sync(path)
+    sums[path.name] = _identity(path)
+  (folder / _SUMS).write_text(json.dumps(sums))
+  _sync(folder / _SUMS)
+  _sync(folder)
+
+
+def _sync(path: pathlib.Path):
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _damage(path: pathlib.Path) -> str | None:
+  """What is wrong with a folder that `_seal` has left; None if nothing is."""
+  try:
+    sums = json.loads((path / _SUMS).read_text())
+    for name, identity in sums.items():
+      if _identity(path / name) != identity:
+        return f"the bytes of {name} have changed"
+  except (FileNotFoundError, NotADirectoryError) as error:
+    return f"it has no {pathlib.Path(error.filename).name}"
+  except (AttributeError, ValueError):
+    return f"{_SUMS} cannot be read"
+  return None
+
+
+def _identity(path: pathlib.Path) -> list:
+  """Size and hash of a file."""
+  stat = path.stat()
+  return [stat.st_size, _hash(path, stat.st_size, stat.st_mtime_ns)]
+
+
+@functools.lru_cache(maxsize=64)
+def _hash(path, size, changed_at):
+  """Once for each state of a file: a process opens a corpus several times."""
+  del size, changed_at
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

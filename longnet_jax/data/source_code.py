@@ -10,12 +10,13 @@ import logging
 import os
 import pathlib
 import shutil
+import sys
 import sysconfig
 
 import tensorflow_datasets as tfds
 
 from longnet_jax import checked
-from longnet_jax.data import cache
+from longnet_jax.data import cache, records
 from longnet_jax.data import config as config_lib
 
 
@@ -102,7 +103,7 @@ def builder(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
   path = data_dir / SourceCode.name / settings.name / str(SourceCode.VERSION)
   if not path.exists():
     _build(settings, path, data_dir)
-  return tfds.builder_from_directory(path)
+  return records.open_builder(path)
 
 
 def scan(
@@ -111,15 +112,16 @@ def scan(
   """Files below `folder` in path order whose name matches `include`.
 
   A file or folder whose name matches `exclude` is left out; so are empty
-  files, which have nothing to read.
+  files, which have nothing to read, and links to folders, which may lead in a
+  circle or to the same files twice: a line on stderr says so.
   """
   root = pathlib.Path(folder)
   if not root.is_dir():
     raise checked.RefusedError(
       f"folder is {folder!r}; it must be an existing folder"
     )
-  files = []
-  for path in _walk(root, include, exclude):
+  files, links = [], []
+  for path in _walk(root, include, exclude, links):
     content = path.read_bytes()
     name = path.relative_to(root).as_posix()
     if b"\0" in content:
@@ -130,11 +132,20 @@ def scan(
     if content:
       blank = not content.strip()
       files.append(SourceFile(name, _digest(content), blank))
+  left_out = ""
+  if links:
+    left_out = (
+      f"{len(links)} links to folders are left out, the first is "
+      f"{os.fspath(links[0])!r}"
+    )
   if not files:
     raise checked.RefusedError(
       f"folder {folder!r} holds no file that is not empty and matches include "
       f"{tuple(include)}; choose another folder or pattern, such as ('*.c',)"
+      + (f" ({left_out})" if left_out else "")
     )
+  if left_out:
+    print(f"folder {folder!r}: {left_out}", file=sys.stderr, flush=True)
   return files
 
 
@@ -244,14 +255,19 @@ def _quiet() -> Iterator[None]:
 
 
 def _walk(
-  root: pathlib.Path, include: Sequence[str], exclude: Sequence[str]
+  root: pathlib.Path,
+  include: Sequence[str],
+  exclude: Sequence[str],
+  links: list[pathlib.Path],
 ) -> Iterator[pathlib.Path]:
-  """Paths of regular files in path order, folder by folder."""
+  """Paths of regular files in path order; `links` gets those to folders."""
   for entry in sorted(root.iterdir(), key=lambda path: path.name):
     if any(fnmatch.fnmatchcase(entry.name, name) for name in exclude):
       continue
-    if entry.is_dir() and not entry.is_symlink():
-      yield from _walk(entry, include, exclude)
+    if entry.is_dir() and entry.is_symlink():
+      links.append(entry)
+    elif entry.is_dir():
+      yield from _walk(entry, include, exclude, links)
     elif entry.is_file():
       if any(fnmatch.fnmatchcase(entry.name, name) for name in include):
         yield entry

@@ -58,9 +58,10 @@ def parse(monkeypatch):
   monkeypatch.setattr(command.flags, "FLAGS", values)
 
   def run(argument):
-    monkeypatch.setattr(sys, "argv", ["train", argument])
-    command.define_config(str(ROOT / "configs" / "base.py"))
-    command._parse(["train", argument])
+    arguments = ["train", *argument.split()]
+    monkeypatch.setattr(sys, "argv", arguments)
+    command.define_config("configs/base.py")
+    command._parse(arguments)
     return values["config"].value
 
   return run
@@ -68,7 +69,9 @@ def parse(monkeypatch):
 
 # ml_collections loads the file in a way that Python will drop.
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_a_key_is_changed(parse):
+def test_a_key_is_changed(parse, monkeypatch, tmp_path):
+  # The default config is found from anywhere.
+  monkeypatch.chdir(tmp_path)
   assert parse("--config.model.num_layers=3").model.num_layers == 3
 
 
@@ -87,6 +90,7 @@ def test_a_key_is_changed(parse):
     ),
     (f"--config={ROOT}/configs/base.py:x", "get_config() takes 0 positional"),
     ("--config=/nowhere.py", "--config=/nowhere.py: no such file; use one"),
+    ("--config /nowhere.py", "config --config /nowhere.py: no such file; use"),
   ],
 )
 def test_flags_that_do_not_parse_are_one_line(parse, capsys, argument, message):
