@@ -9,8 +9,7 @@ parameters can be read without the rest:
   config      every setting of the run, as JSON
   tokenizer   what maps text to tokens, as JSON
   data        fingerprints of the windows, as JSON
-  checksums   fingerprints of params and opt_state, as JSON: orbax restores
-              changed bytes without a word
+  checksums   the step and a digest of each other item, see checksums.py
   metrics     validation results at this step, where there are any
 
 Of several processes each writes its part of the arrays and all of them call
@@ -28,6 +27,7 @@ import orbax.checkpoint as ocp
 from longnet_jax.models import config as model_config
 from longnet_jax.models import longvit, slide_encoder
 from longnet_jax.parallel import hosts
+from longnet_jax.training import checksums
 from longnet_jax.training import state as state_lib
 
 _BEST_BY = "loss"
@@ -124,8 +124,21 @@ class Checkpoints:
     return which
 
   def metrics(self, step: int) -> dict[str, float] | None:
-    """Validation results saved with a step."""
-    return self._manager.metrics(step)
+    """Validation results saved with a step; CheckpointError if changed."""
+    with self._reading(step, "validation results of"):
+      found = self._manager.metrics(step)
+      checksums.check(
+        self._recorded(step), checksums.of_json(metrics=_plain(found))
+      )
+    return found
+
+  def check_metrics(self) -> None:
+    """Raises CheckpointError unless each step has the results it was saved with.
+
+    The next save keeps the best of them and deletes others.
+    """
+    for step in self.steps():
+      self.metrics(step)
 
   def save(
     self,
@@ -138,15 +151,13 @@ class Checkpoints:
 
     `records` are the JSON items; `validation` has at least a "loss".
     """
-    records = records | _checksums(
-      params=state.params, opt_state=state.opt_state
+    validation = _plain(validation)
+    arrays = dict(
+      params=state.params,
+      opt_state=state.opt_state,
+      train={"step": state.step, "rng": state.rng},
     )
-    items = dict(
-      params=ocp.args.StandardSave(state.params),
-      opt_state=ocp.args.StandardSave(state.opt_state),
-      train=ocp.args.StandardSave({"step": state.step, "rng": state.rng}),
-      **{name: ocp.args.JsonSave(value) for name, value in records.items()},
-    )
+    items = _items(step, arrays, records, validation)
     with self._writing():
       self._manager.wait_until_finished()
       check_space(self.folder, state)
@@ -156,11 +167,7 @@ class Checkpoints:
 
   def save_params(self, params, records: dict[str, dict]) -> None:
     """Writes parameters that were not trained here, as step 0."""
-    records = records | _checksums(params=params)
-    items = dict(
-      params=ocp.args.StandardSave(params),
-      **{name: ocp.args.JsonSave(value) for name, value in records.items()},
-    )
+    items = _items(0, {"params": params}, records, None)
     with self._writing():
       self._manager.save(0, args=ocp.args.Composite(**items))
     self.wait()
@@ -176,14 +183,18 @@ class Checkpoints:
     )
     arguments = {k: ocp.args.StandardRestore(v) for k, v in targets.items()}
     items = self._restore(step, arguments)
-    self._verify(step, params=items["params"], opt_state=items["opt_state"])
+    self._verify(step, checksums.of_arrays(**{k: items[k] for k in targets}))
+    with self._reading(step):
+      checksums.check_step({"step": int(items["train"]["step"])}, step)
     return state_lib.TrainState(
       params=items["params"], opt_state=items["opt_state"], **items["train"]
     )
 
   def restore_json(self, step: int, item: str) -> dict:
     """The item "config", "tokenizer" or "data" of a step."""
-    return self._restore(step, {item: ocp.args.JsonRestore()})[item]
+    value = self._restore(step, {item: ocp.args.JsonRestore()})[item]
+    self._verify(step, checksums.of_json(**{item: value}))
+    return value
 
   def restore_params(self, step: int, sharding=None) -> dict[str, Any]:
     """Parameters alone, on a device of this host unless a sharding is given."""
@@ -199,7 +210,7 @@ class Checkpoints:
       )
     arguments = {"params": ocp.args.StandardRestore(target)}
     params = self._restore(step, arguments)["params"]
-    self._verify(step, params=params)
+    self._verify(step, checksums.of_arrays(params=params))
     return params
 
   def wait(self) -> None:
@@ -208,14 +219,17 @@ class Checkpoints:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
 
-  def _verify(self, step, **trees):
-    """Raises CheckpointError where restored arrays are not those saved."""
-    saved = self.restore_json(step, "checksums")
-    found = _checksums(**trees)["checksums"]
+  def _verify(self, step, found: dict[str, str]):
+    """Raises CheckpointError where restored items are not those saved."""
     with self._reading(step):
-      for name in saved.keys() & found.keys():
-        if saved[name] != found[name]:
-          raise ValueError(f"the bytes of {name} have changed since the save")
+      checksums.check(self._recorded(step), found)
+
+  def _recorded(self, step) -> dict:
+    """The item "checksums" of a step, once it is known to be this step's."""
+    arguments = ocp.args.Composite(checksums=ocp.args.JsonRestore())
+    saved = self._manager.restore(step, args=arguments)["checksums"]
+    checksums.check_step(saved, step)
+    return saved
 
   def _remove_unfinished(self):
     """Removes what a failed write has left; a full disk gets its space back."""
@@ -234,16 +248,14 @@ class Checkpoints:
       "resumes from the last complete checkpoint",
     )
 
-  def _reading(self, step):
+  def _reading(self, step, what="checkpoint"):
     others = [s for s in self.steps() if s != step]
     advice = (
       f"delete that folder to go on from step {others[-1]}"
       if others
       else "no other step is left: start in an empty workdir"
     )
-    return _explained(
-      f"cannot read checkpoint {self.folder / str(step)}", advice
-    )
+    return _explained(f"cannot read {what} {self.folder / str(step)}", advice)
 
 
 def load_checkpoint(
@@ -280,13 +292,25 @@ def check_space(folder: pathlib.Path, tree) -> None:
     )
 
 
-def _checksums(**trees) -> dict[str, dict[str, str]]:
-  """The item "checksums"."""
-  return {
-    "checksums": {
-      name: state_lib.fingerprint(tree) for name, tree in trees.items()
-    }
+def _items(step, arrays, records, validation) -> dict:
+  """What orbax is to write: the arrays, the records and their checksums."""
+  sums = {
+    "step": step,
+    **checksums.of_arrays(**arrays),
+    **checksums.of_json(**records, metrics=validation),
   }
+  return {
+    **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
+    **{name: ocp.args.JsonSave(value) for name, value in records.items()},
+    "checksums": ocp.args.JsonSave(sums),
+  }
+
+
+def _plain(validation: dict | None) -> dict[str, float] | None:
+  """Validation results as JSON gives them back."""
+  if validation is None:
+    return None
+  return {name: float(value) for name, value in validation.items()}
 
 
 def open_to_read(workdir) -> Checkpoints:

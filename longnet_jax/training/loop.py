@@ -82,6 +82,7 @@ def restore_or_init(
   """The state to go on from and the number of steps it has done."""
   if not checkpoints.steps():
     return run.init(), 0
+  checkpoints.check_metrics()
   step = checkpoints.find("latest")
   recorded = checkpoints.restore_json(step, "data")
   for name, value in run.fingerprints.items():
