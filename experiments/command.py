@@ -1,10 +1,22 @@
-"""How every command starts and fails: flags in, one clear line out."""
+"""How every command starts and fails: flags in, one clear line out.
+
+Exit codes tell a supervisor what to do:
+
+  0        done
+  1        refused, with the reason in one line, or a defect with a traceback
+  3        diverged: the loss or the gradient stopped being finite
+  4        a checkpoint could not be written
+  5        another process of the run has ended: start all again
+  6        stopped by the watchdog: no step had ended for too long
+  128 + n  stopped by signal n after saving (143 SIGTERM, 130 Ctrl-C)
+"""
 
 from collections.abc import Callable, Sequence
 import contextlib
 import shlex
 import sys
 import traceback
+import typing
 
 from absl import app, flags, logging
 import jax
@@ -12,13 +24,19 @@ import ml_collections
 from ml_collections import config_flags
 
 from longnet_jax.parallel import hosts
+from longnet_jax.training import checkpoint, report
 from longnet_jax.training import config as config_lib
-from longnet_jax.training import report
 
 _LOST = (
   "another process of this run has ended; see what it said, then start all "
   "again: they go on from the last checkpoint"
 )
+REFUSED, DIVERGED, UNWRITTEN, LOST = 1, 3, 4, 5
+_CODES = {
+  report.DivergedError: DIVERGED,
+  checkpoint.WriteError: UNWRITTEN,
+  hosts.LostError: LOST,
+}
 _OURS = ("configs", "experiments", "longnet_jax")
 # How the parsers of flags begin to complain -> what they would take.
 _LEGAL = {
@@ -29,10 +47,11 @@ _LEGAL = {
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-  """Runs `main`; a refused input is one line on stderr and exit code 1.
+  """Runs `main`; a refused input is one line on stderr.
 
   An error that is not about the input keeps its traceback.
   """
+  sys.unraisablehook = _quiet_loop(sys.unraisablehook)
 
   def guarded(arguments):
     # What goes wrong in a library's threads is raised here too, and said once.
@@ -50,9 +69,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
       if not jax.distributed.is_initialized():
         raise
       if hosts.lost_another(error):
-        fail(RuntimeError(_LOST))
+        fail(hosts.LostError(_LOST))
       traceback.print_exc()
-      hosts.leave(1)
+      hosts.leave(REFUSED)
 
   app.run(guarded, flags_parser=_parse)
 
@@ -63,10 +82,11 @@ def line() -> str:
   return shlex.join(["python", "-m", name, *sys.argv[1:]])
 
 
-def fail(error: Exception) -> None:
-  """Prints an error in one line and exits."""
+def fail(error: Exception) -> typing.NoReturn:
+  """Prints an error in one line and exits with the code of its class."""
   print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-  hosts.leave(1)
+  codes = (code for kind, code in _CODES.items() if isinstance(error, kind))
+  hosts.leave(next(codes, REFUSED))
 
 
 def is_refusal(error: Exception) -> bool:
@@ -77,6 +97,16 @@ def is_refusal(error: Exception) -> bool:
   return frame.f_globals.get("__name__", "").partition(".")[0] in _OURS or (
     frame.f_globals.get("__name__") == "__main__"
   )
+
+
+def _quiet_loop(hook):
+  """A hook that leaves out what writes say that nobody waits for any more."""
+
+  def quiet(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  return quiet
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:

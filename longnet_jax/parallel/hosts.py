@@ -12,6 +12,7 @@ import pathlib
 import re
 import sys
 import time
+import typing
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,6 +20,10 @@ import numpy as np
 
 # Seconds that a failed process 0 gives the others to fail in the same way.
 _PATIENCE = 5
+
+
+class LostError(RuntimeError):
+  """Another process of the run has ended."""
 
 
 def start(
@@ -116,20 +121,20 @@ def lost_another(error: BaseException) -> bool:
   )
 
 
-def leave(code: int) -> None:
-  """Ends a process that failed.
+def leave(code: int) -> typing.NoReturn:
+  """Ends a process that failed, at once.
 
-  Those that did not would wait for it in a collective for ever: its end tells
-  them. The end of process 0 aborts all, so that it lets the others go first.
+  Processes that did not fail would wait for it in a collective for ever: its
+  end tells them. The end of process 0 aborts all, so that it lets the others
+  go first.
   """
-  if jax.distributed.is_initialized():
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.process_index() == 0:
-      time.sleep(_PATIENCE)
-    # Not sys.exit: what runs at exit waits for processes that do not come.
-    os._exit(code)
-  sys.exit(code)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if jax.distributed.is_initialized() and jax.process_index() == 0:
+    time.sleep(_PATIENCE)
+  # Not sys.exit: what runs at exit waits for processes that do not come, and
+  # for threads of a failed save.
+  os._exit(code)
 
 
 def _check_arguments(coordinator, num_processes, process_id):

@@ -19,6 +19,7 @@ the same methods in the same order.
 import contextlib
 import pathlib
 import shutil
+import threading
 from typing import Any
 
 import jax
@@ -42,8 +43,25 @@ MODEL_KEYS = {
 }
 
 
+# What storage says -> what has happened.
+_CAUSES = {
+  "RESOURCE_EXHAUSTED": "the disk is full",
+  "No space left": "the disk is full or has no room for another file",
+  "quota exceeded": "the disk quota is used up",
+  "File too large": "the limit on the size of a file is reached (ulimit -f)",
+  "NOT_FOUND": "files of the checkpoint were removed meanwhile",
+  "No ArrayMetadata found": "files of the checkpoint were removed meanwhile",
+}
+# Seconds that what is left of a failed save gets to end.
+_PATIENCE = 5
+
+
 class CheckpointError(ValueError):
   """A checkpoint that cannot be written or read, and what to do."""
+
+
+class WriteError(CheckpointError):
+  """A checkpoint that cannot be written."""
 
 
 class Checkpoints:
@@ -95,8 +113,10 @@ class Checkpoints:
       if kind is None:
         self.wait()
     finally:
-      with contextlib.suppress(Exception):  # said before, or by wait
-        self._manager.close()
+      # After a failed save threads of orbax wait minutes for one another.
+      closing = threading.Thread(target=self._close, daemon=True)
+      closing.start()
+      closing.join(None if kind is None else _PATIENCE)
       self._remove_unfinished()
 
   def steps(self) -> list[int]:
@@ -133,7 +153,7 @@ class Checkpoints:
     return found
 
   def check_metrics(self) -> None:
-    """Raises CheckpointError unless each step has the results it was saved with.
+    """Raises CheckpointError unless each step has its results.
 
     The next save keeps the best of them and deletes others.
     """
@@ -219,6 +239,10 @@ class Checkpoints:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
 
+  def _close(self):
+    with contextlib.suppress(Exception):  # said before, or by wait
+      self._manager.close()
+
   def _verify(self, step, found: dict[str, str]):
     """Raises CheckpointError where restored items are not those saved."""
     with self._reading(step):
@@ -246,6 +270,7 @@ class Checkpoints:
       f"cannot write a checkpoint into {self.folder}",
       "free some space or choose another workdir, then start again: it "
       "resumes from the last complete checkpoint",
+      kind=WriteError,
     )
 
   def _reading(self, step, what="checkpoint"):
@@ -324,15 +349,15 @@ def open_to_read(workdir) -> Checkpoints:
 
 
 @contextlib.contextmanager
-def _explained(problem: str, advice: str = ""):
+def _explained(problem: str, advice: str = "", kind=CheckpointError):
   """Turns whatever orbax and the file system raise into one line."""
   try:
     yield
   except CheckpointError:
     raise
   except Exception as error:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    if "RESOURCE_EXHAUSTED" in reason or "No space left" in reason:
-      reason = "the disk is full"
+    text = str(error).strip() or type(error).__name__
+    causes = (cause for said, cause in _CAUSES.items() if said in text)
+    reason = next(causes, text.splitlines()[0][:200])
     line = f"{problem}: {reason}"
-    raise CheckpointError(f"{line}; {advice}" if advice else line) from error
+    raise kind(f"{line}; {advice}" if advice else line) from error

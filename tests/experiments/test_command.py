@@ -8,6 +8,8 @@ from ml_collections import config_flags
 import pytest
 
 from experiments import command
+from longnet_jax.parallel import hosts
+from longnet_jax.training import checkpoint, report
 from longnet_jax.training import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -28,15 +30,31 @@ def test_the_system_may_refuse():
   assert command.is_refusal(FileNotFoundError("x"))
 
 
-def test_a_refusal_is_one_line(capsys):
+@pytest.fixture
+def leaving(monkeypatch):
+  """Lets a test outlive the end of the process."""
+  monkeypatch.setattr(command.hosts.os, "_exit", sys.exit)
+
+
+@pytest.mark.parametrize(
+  "kind, code",
+  [
+    (ValueError, 1),
+    (checkpoint.CheckpointError, 1),
+    (report.DivergedError, 3),
+    (checkpoint.WriteError, 4),
+    (hosts.LostError, 5),
+  ],
+)
+def test_a_refusal_is_one_line_and_a_code(leaving, capsys, kind, code):
   with pytest.raises(SystemExit) as caught:
-    command.fail(ValueError("first\n  second"))
-  assert caught.value.code == 1
+    command.fail(kind("first\n  second"))
+  assert caught.value.code == code
   assert capsys.readouterr().err == "error: first second\n"
 
 
 @pytest.fixture
-def parse(monkeypatch):
+def parse(monkeypatch, leaving):
   values = flags.FlagValues()
   define = functools.partial(
     config_flags.DEFINE_config_file, flag_values=values
