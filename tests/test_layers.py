@@ -7,6 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "longnet_jax"
 LAYERS = [
+  "storage",
   "pattern",
   "checked",
   "ops",

@@ -99,6 +99,14 @@ def gather(array) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(np.asarray(array)))
 
 
+def text_of_first(text: str) -> str:
+  """The text of the first process on each of them, at most 500 bytes of it."""
+  if jax.process_count() == 1:
+    return text
+  row = np.frombuffer(text.encode()[:500].ljust(500), np.uint8)
+  return gather(row)[0].tobytes().decode(errors="ignore").rstrip()
+
+
 def check_equal(values: Mapping[str, str]) -> None:
   """Raises ValueError on every process unless all have the same texts."""
   digests = [hashlib.sha256(text.encode()).digest() for text in values.values()]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import signal
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from longnet_jax.data import pipeline
 from longnet_jax.parallel import hosts, sharding
-from longnet_jax.training import checkpoint, curves, stopping
+from longnet_jax.training import checkpoint, curves, lease, stopping
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import metrics as metrics_lib
 from longnet_jax.training import report as report_lib
@@ -48,13 +47,31 @@ def train(
   hosts.check_equal(
     {"config": workdir_lib.comparable(settings), **run.fingerprints}
   )
-  records = workdir_lib.write_records(workdir, settings, run)
-  keep = config.training.max_to_keep
+  with lease.hold(workdir) as check_lease:
+    workdir_lib.check(workdir, settings)  # now that nobody else may write it
+    records = workdir_lib.write_records(workdir, settings, run)
+    result = _train(run, workdir, records, check_lease, stream)
+    if hosts.is_first():
+      curves.draw_losses(
+        {"": metrics_lib.read_metrics(workdir)},
+        workdir_lib.loss_picture_path(workdir),
+      )
+  return result
+
+
+def _train(run, workdir, records, check_lease, stream) -> Result:
+  """Trains a run whose workdir is ours and has its records."""
+  training = run.config.training
+  keep = training.max_to_keep
   with checkpoint.Checkpoints(workdir, max_to_keep=keep) as checkpoints:
     state, start = restore_or_init(run, checkpoints)
-    save = functools.partial(checkpoints.save, records=records)
+
+    def save(step, state, validation):
+      check_lease()
+      checkpoints.save(step, state, records, validation)
+
     with metrics_lib.open_writer(
-      workdir, start=start, total=config.training.steps, stream=stream
+      workdir, start=start, total=training.steps, stream=stream
     ) as writer:
       writer.say(run.describe())
       with stopping.catch_signals() as caught, _naming_last_good(checkpoints):
@@ -63,11 +80,6 @@ def train(
     checkpoints.wait()
     step = int(state.step)
     validation = checkpoints.metrics(step) or {}
-  if hosts.is_first():
-    curves.draw_losses(
-      {"": metrics_lib.read_metrics(workdir)},
-      workdir_lib.loss_picture_path(workdir),
-    )
   return Result(
     step=step,
     fingerprint=state_lib.fingerprint(state.params),
