@@ -5,7 +5,7 @@ Exit codes tell a supervisor what to do:
   0        done
   1        refused, with the reason in one line, or a defect with a traceback
   3        diverged: the loss or the gradient stopped being finite
-  4        a checkpoint could not be written
+  4        storage failed: it is full, gone or does not answer
   5        another process of the run has ended: start all again
   6        stopped by the watchdog: no step had ended for too long
   128 + n  stopped by signal n after saving (143 SIGTERM, 130 Ctrl-C)
@@ -13,6 +13,7 @@ Exit codes tell a supervisor what to do:
 
 from collections.abc import Callable, Sequence
 import contextlib
+import errno
 import shlex
 import sys
 import traceback
@@ -23,6 +24,7 @@ import jax
 import ml_collections
 from ml_collections import config_flags
 
+from longnet_jax import storage
 from longnet_jax.parallel import hosts
 from longnet_jax.training import checkpoint, report
 from longnet_jax.training import config as config_lib
@@ -31,12 +33,21 @@ _LOST = (
   "another process of this run has ended; see what it said, then start all "
   "again: they go on from the last checkpoint"
 )
-REFUSED, DIVERGED, UNWRITTEN, LOST = 1, 3, 4, 5
+REFUSED, DIVERGED, STORAGE, LOST = 1, 3, 4, 5
 _CODES = {
   report.DivergedError: DIVERGED,
-  checkpoint.WriteError: UNWRITTEN,
+  checkpoint.WriteError: STORAGE,
+  storage.StorageError: STORAGE,
   hosts.LostError: LOST,
 }
+_STORAGE_FAILS = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EIO,
+  errno.EROFS,
+  errno.ESTALE,
+)
 _OURS = ("configs", "experiments", "longnet_jax")
 # How the parsers of flags begin to complain -> what they would take.
 _LEGAL = {
@@ -85,8 +96,15 @@ def line() -> str:
 def fail(error: Exception) -> typing.NoReturn:
   """Prints an error in one line and exits with the code of its class."""
   print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  hosts.leave(_code(error))
+
+
+def _code(error: Exception) -> int:
+  """What the end of the process says of an error."""
+  if isinstance(error, OSError) and error.errno in _STORAGE_FAILS:
+    return STORAGE
   codes = (code for kind, code in _CODES.items() if isinstance(error, kind))
-  hosts.leave(next(codes, REFUSED))
+  return next(codes, REFUSED)
 
 
 def is_refusal(error: Exception) -> bool:

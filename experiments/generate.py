@@ -6,7 +6,6 @@ the last position that the model can number.
 """
 
 import codecs
-import pathlib
 import sys
 import time
 
@@ -14,6 +13,7 @@ from absl import flags
 import numpy as np
 
 from experiments import command
+from longnet_jax import storage
 from longnet_jax.data import tokenizers
 from longnet_jax.inference import sample
 from longnet_jax.parallel import mesh as mesh_lib
@@ -102,7 +102,7 @@ def _read_prompt() -> bytes:
     raise ValueError("give either --prompt or --prompt_file")
   if _PROMPT.value is not None:
     return _PROMPT.value.encode()
-  return pathlib.Path(_PROMPT_FILE.value).read_bytes()
+  return storage.read(storage.path(_PROMPT_FILE.value))
 
 
 def _room(config, length: int, wanted: int) -> int:

@@ -16,7 +16,7 @@ from absl import flags
 
 from configs import base
 from experiments import command
-from longnet_jax import interop
+from longnet_jax import interop, storage
 from longnet_jax.data import tokenizers
 from longnet_jax.interop import golden, keywords
 from longnet_jax.models import config as model_config
@@ -51,10 +51,11 @@ def main(arguments) -> None:
   for flag in (_KIND, _WORKDIR):
     if flag.value is None:
       raise ValueError(f"--{flag.name} is missing")
-  workdir = pathlib.Path(_WORKDIR.value)
-  if any((workdir / name).exists() for name in ("checkpoints", "config.json")):
+  workdir = storage.path(_WORKDIR.value)
+  held = ("checkpoints", "config.json")
+  if any(storage.exists(workdir / name) for name in held):
     raise ValueError(f"{workdir} holds a run already; choose another --workdir")
-  state, keyword_config = _read(pathlib.Path(arguments[1]))
+  state, keyword_config = _read(pathlib.Path(arguments[1]).expanduser())
   config, params = _convert(state, keyword_config)
   count = state_lib.num_parameters(params)
   print(f"{_KIND.value}: {len(state)} tensors, {count:,} parameters")
@@ -84,7 +85,7 @@ def _parse_config(text: str | None):
   if text is None:
     return None
   if not text.lstrip().startswith("{"):
-    text = pathlib.Path(text).read_text()
+    text = storage.read(storage.path(text)).decode()
   try:
     config = json.loads(text)
   except json.JSONDecodeError as error:
@@ -124,7 +125,7 @@ def _model_record(config):
   return {"config": {keys[type(config)]: dataclasses.asdict(config)}}
 
 
-def _records(config: model_config.LongNetConfig, workdir: pathlib.Path):
+def _records(config: model_config.LongNetConfig, workdir: storage.Path):
   """Writes and returns what makes the workdir look like that of a run."""
   settings = base.get_config()
   settings.model = dataclasses.asdict(config)
@@ -132,9 +133,9 @@ def _records(config: model_config.LongNetConfig, workdir: pathlib.Path):
   settings.data.window = window
   settings = settings.to_dict()
   config_lib.build(settings)
-  workdir.mkdir(parents=True, exist_ok=True)
+  storage.make_dir(workdir)
   text = json.dumps(settings, indent=2) + "\n"
-  workdir_lib.write_whole(workdir_lib.config_path(workdir), text)
+  storage.write_whole(workdir_lib.config_path(workdir), text)
   records = {"config": settings}
   tokenizer = _tokenizer(config.vocab_size)
   if tokenizer is None:
@@ -145,7 +146,7 @@ def _records(config: model_config.LongNetConfig, workdir: pathlib.Path):
     return records
   path = workdir_lib.tokenizer_path(workdir)
   tokenizer.save(path)
-  return records | {"tokenizer": json.loads(path.read_text())}
+  return records | {"tokenizer": json.loads(storage.read(path))}
 
 
 def _tokenizer(vocab_size: int):

@@ -144,9 +144,7 @@ def _local(text: str) -> pathlib.Path:
   try:
     return pathlib.Path(text).expanduser()
   except RuntimeError as error:
-    raise ValueError(
-      f"{text[:80]!r}: no such user; write the folder"
-    ) from error
+    raise ValueError(f"{text[:80]!r}: ~ names no user") from error
 
 
 @contextlib.contextmanager

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import hashlib
 import json
 import os
-import pathlib
 from typing import Protocol
 
 import numpy as np
 import tokenizers
+
+from longnet_jax import storage
 
 
 class Tokenizer(Protocol):
@@ -127,7 +128,7 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> BpeTokenizer:
 def load(path: str | os.PathLike) -> Tokenizer:
   """The tokenizer that `save` wrote; ValueError if the file is not one."""
   try:
-    stored = json.loads(pathlib.Path(path).read_text())
+    stored = json.loads(storage.read(storage.path(path)))
     if stored["tokenizer"] == "bytes":
       return ByteTokenizer()
     return BpeTokenizer(tokenizers.Tokenizer.from_str(stored["model"]))
@@ -175,7 +176,4 @@ def _checked(ids: Sequence[int], vocab_size: int) -> np.ndarray:
 
 def _write(path: str | os.PathLike, text: str):
   """Writes a whole file or none."""
-  path = pathlib.Path(path)
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text)
-  os.replace(partial, path)
+  storage.write_whole(storage.path(path), text)

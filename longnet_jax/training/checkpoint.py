@@ -17,7 +17,6 @@ the same methods in the same order.
 """
 
 import contextlib
-import pathlib
 import shutil
 import threading
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from longnet_jax import storage
 from longnet_jax.models import config as model_config
 from longnet_jax.models import longvit, slide_encoder
 from longnet_jax.parallel import hosts
@@ -68,7 +68,7 @@ class Checkpoints:
   """The series of checkpoints of one workdir; writes happen in background."""
 
   def __init__(self, workdir, *, max_to_keep: int = 1, read_only=False):
-    self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    self.folder = storage.absolute(workdir) / "checkpoints"
     self._read_only = read_only
     keep = _MANAGERS.AnyPreservationPolicy(
       [
@@ -257,7 +257,9 @@ class Checkpoints:
 
   def _remove_unfinished(self):
     """Removes what a failed write has left; a full disk gets its space back."""
-    if not self._read_only and hosts.is_first():
+    if self._read_only or storage.is_remote(self.folder):
+      return  # of a bucket the next start removes it
+    if hosts.is_first():
       for folder in self.folder.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -300,11 +302,14 @@ def load_checkpoint(
   return MODEL_KEYS[key].from_dict(config[key]), params
 
 
-def check_space(folder: pathlib.Path, tree) -> None:
+def check_space(folder: storage.Path, tree) -> None:
   """Raises OSError where the disk may not hold the arrays of a tree.
 
-  Twice their bytes: orbax writes shares of a process and then joins them.
+  Twice their bytes: orbax writes shares of a process and then joins them. A
+  bucket has no end.
   """
+  if storage.is_remote(folder):
+    return
   while not folder.exists():
     folder = folder.parent
   leaves = jax.tree.leaves(tree)
@@ -340,8 +345,8 @@ def _plain(validation: dict | None) -> dict[str, float] | None:
 
 def open_to_read(workdir) -> Checkpoints:
   """The checkpoints of an existing workdir, which is left unchanged."""
-  folder = pathlib.Path(workdir) / "checkpoints"
-  if not folder.is_dir():
+  folder = storage.path(workdir) / "checkpoints"
+  if not storage.is_dir(folder):
     raise CheckpointError(
       f"{workdir} holds no checkpoints; give the --workdir of a training run"
     )

@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-import pathlib
 import signal
 
 import jax
 import numpy as np
 
+from longnet_jax import storage
 from longnet_jax.data import pipeline
 from longnet_jax.parallel import hosts, sharding
 from longnet_jax.training import checkpoint, curves, lease, stopping
@@ -43,7 +43,7 @@ def train(
   settings = dataclasses.asdict(config)
   workdir_lib.check(workdir, settings)
   run = run_lib.make_run(config, workdir_lib.tokenizer_path(workdir))
-  checkpoint.check_space(pathlib.Path(workdir).absolute(), run.abstract_state)
+  checkpoint.check_space(storage.absolute(workdir), run.abstract_state)
   hosts.check_equal(
     {"config": workdir_lib.comparable(settings), **run.fingerprints}
   )
@@ -68,6 +68,7 @@ def _train(run, workdir, records, check_lease, stream) -> Result:
 
     def save(step, state, validation):
       check_lease()
+      writer.flush()  # what a later start keeps is on record before
       checkpoints.save(step, state, records, validation)
 
     with metrics_lib.open_writer(

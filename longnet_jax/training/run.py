@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import os
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from longnet_jax import storage
 from longnet_jax.analysis import costs
 from longnet_jax.data import pipeline, tokenizers
 from longnet_jax.models import attention, transformer
@@ -138,7 +138,7 @@ def make_tokenizer(
   config: config_lib.ExperimentConfig, path
 ) -> tokenizers.Tokenizer:
   """The tokenizer kept at `path`, else the one the data settings ask for."""
-  if os.path.exists(path):
+  if storage.exists(storage.path(path)):
     return tokenizers.load(path)
   return pipeline.make_tokenizer(config.data)
 
