@@ -3,8 +3,9 @@
 With neither flag it runs configs/quickstart.py into runs/quickstart. Started
 again it goes on from the last checkpoint in the workdir, exactly.
 
-Exit codes: 0 all steps are done; 1 refused; 3 diverged; 4 storage failed; 5 another process ended; 6 the watchdog ended it; 128 + n
-stopped by signal n (143 SIGTERM, 130 Ctrl-C) after saving.
+Exit codes: 0 all steps are done; 1 refused; 3 diverged; 4 storage failed; 5
+another process ended; 6 the watchdog ended it; 128 + n stopped by signal n
+(143 SIGTERM, 129 SIGHUP, 130 Ctrl-C) after saving.
 
 On many hosts start the same command on each, with a --workdir that all share.
 A TPU pod and SLURM (srun) need nothing else; elsewhere each process gets
