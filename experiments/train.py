@@ -25,6 +25,9 @@ _CONFIG = command.define_config(_QUICKSTART)
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "folder of the run; an earlier run in it goes on"
 )
+_FALLBACK = flags.DEFINE_bool(
+  "fallback", False, "go on from the last checkpoint that can be read"
+)
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
   None,
@@ -56,7 +59,7 @@ def main(_) -> int:
     _PROCESS_ID.value,
     fake_devices=_FAKE_DEVICES.value,
   )
-  result = loop.train(config, workdir)
+  result = loop.train(config, workdir, fallback=_FALLBACK.value)
   if hosts.is_first():
     print(f"{workdir}: step {result.step}, parameters {result.fingerprint}")
   return 128 + result.signal if result.signal else 0

@@ -14,6 +14,7 @@ import sysconfig
 
 import tensorflow_datasets as tfds
 
+from longnet_jax import storage
 from longnet_jax.data import cache
 from longnet_jax.data import config as config_lib
 
@@ -72,7 +73,7 @@ class SourceCode(tfds.core.GeneratorBasedBuilder):
     }
 
   def _generate_examples(self, documents):
-    folder = pathlib.Path(self.builder_config.folder)
+    folder = storage.path(self.builder_config.folder)
     for document in documents:
       text = _joined(_read(folder, file) for file in document.files)
       name = os.fsencode(document.name)
@@ -112,12 +113,12 @@ def scan(
   A file or folder whose name matches `exclude` is left out; so are empty
   files, which have nothing to read.
   """
-  root = pathlib.Path(folder)
-  if not root.is_dir():
+  root = storage.path(folder)
+  if not storage.is_dir(root):
     raise ValueError(f"folder is {folder!r}; it must be an existing folder")
   files = []
   for path in _walk(root, include, exclude):
-    content = path.read_bytes()
+    content = storage.read(path)
     name = path.relative_to(root).as_posix()
     if b"\0" in content:
       raise ValueError(
@@ -241,21 +242,22 @@ def _quiet() -> Iterator[None]:
 
 
 def _walk(
-  root: pathlib.Path, include: Sequence[str], exclude: Sequence[str]
-) -> Iterator[pathlib.Path]:
+  root: storage.Path, include: Sequence[str], exclude: Sequence[str]
+) -> Iterator[storage.Path]:
   """Paths of regular files in path order, folder by folder."""
   for entry in sorted(root.iterdir(), key=lambda path: path.name):
     if any(fnmatch.fnmatchcase(entry.name, name) for name in exclude):
       continue
-    if entry.is_dir() and not entry.is_symlink():
+    is_link = not storage.is_remote(entry) and entry.is_symlink()
+    if entry.is_dir() and not is_link:
       yield from _walk(entry, include, exclude)
     elif entry.is_file():
       if any(fnmatch.fnmatchcase(entry.name, name) for name in include):
         yield entry
 
 
-def _read(folder: pathlib.Path, file: SourceFile) -> bytes:
-  content = (folder / file.path).read_bytes()
+def _read(folder: storage.Path, file: SourceFile) -> bytes:
+  content = storage.read(folder / file.path)
   if _digest(content) != file.digest:
     raise ValueError(f"{os.fspath(folder / file.path)!r} changed while read")
   return content

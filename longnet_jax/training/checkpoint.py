@@ -17,6 +17,7 @@ the same methods in the same order.
 """
 
 import contextlib
+import secrets
 import shutil
 import threading
 from typing import Any
@@ -68,7 +69,7 @@ class Checkpoints:
   """The series of checkpoints of one workdir; writes happen in background."""
 
   def __init__(self, workdir, *, max_to_keep: int = 1, read_only=False):
-    self.folder = storage.absolute(workdir) / "checkpoints"
+    self.folder = folder(workdir)
     self._read_only = read_only
     keep = _MANAGERS.AnyPreservationPolicy(
       [
@@ -152,13 +153,13 @@ class Checkpoints:
       )
     return found
 
-  def check_metrics(self) -> None:
-    """Raises CheckpointError unless each step has its results.
-
-    The next save keeps the best of them and deletes others.
-    """
-    for step in self.steps():
-      self.metrics(step)
+  def set_aside(self, step: int) -> storage.Path:
+    """Moves a step out of the series; returns where to."""
+    place = self.folder.parent / f"damaged-{step}-{secrets.token_hex(2)}"
+    with self._writing():
+      (self.folder / str(step)).rename(place)
+      self._manager.reload()
+    return place
 
   def save(
     self,
@@ -277,12 +278,25 @@ class Checkpoints:
 
   def _reading(self, step, what="checkpoint"):
     others = [s for s in self.steps() if s != step]
+    before = [s for s in others if s < step] or others
     advice = (
-      f"delete that folder to go on from step {others[-1]}"
-      if others
+      f"train with --fallback to go on from step {before[-1]}, or read with "
+      f"--checkpoint={before[-1]}"
+      if before
       else "no other step is left: start in an empty workdir"
     )
     return _explained(f"cannot read {what} {self.folder / str(step)}", advice)
+
+
+def folder(workdir) -> storage.Path:
+  """Where a workdir has its checkpoints; CheckpointError if it cannot."""
+  path = storage.absolute(workdir)
+  if storage.is_remote(path) and not str(path).startswith("gs://"):
+    raise CheckpointError(
+      f"workdir {path}: arrays go to gs:// or to a file system only; use one "
+      "of these, such as the bucket mounted as a folder"
+    )
+  return path / "checkpoints"
 
 
 def load_checkpoint(
@@ -302,22 +316,22 @@ def load_checkpoint(
   return MODEL_KEYS[key].from_dict(config[key]), params
 
 
-def check_space(folder: storage.Path, tree) -> None:
+def check_space(where: storage.Path, tree) -> None:
   """Raises OSError where the disk may not hold the arrays of a tree.
 
   Twice their bytes: orbax writes shares of a process and then joins them. A
   bucket has no end.
   """
-  if storage.is_remote(folder):
+  if storage.is_remote(where):
     return
-  while not folder.exists():
-    folder = folder.parent
+  while not where.exists():
+    where = where.parent
   leaves = jax.tree.leaves(tree)
   size = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-  free = shutil.disk_usage(folder).free
+  free = shutil.disk_usage(where).free
   if free < size:
     raise OSError(
-      f"a checkpoint needs {size:,} bytes and the disk of {folder} has "
+      f"a checkpoint needs {size:,} bytes and the disk of {where} has "
       f"{free:,} left"
     )
 
@@ -345,8 +359,7 @@ def _plain(validation: dict | None) -> dict[str, float] | None:
 
 def open_to_read(workdir) -> Checkpoints:
   """The checkpoints of an existing workdir, which is left unchanged."""
-  folder = storage.path(workdir) / "checkpoints"
-  if not storage.is_dir(folder):
+  if not storage.is_dir(folder(workdir)):
     raise CheckpointError(
       f"{workdir} holds no checkpoints; give the --workdir of a training run"
     )

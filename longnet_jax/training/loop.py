@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -30,17 +31,24 @@ class Result:
 
 
 def train(
-  config: config_lib.ExperimentConfig, workdir, *, stream=None
+  config: config_lib.ExperimentConfig,
+  workdir,
+  *,
+  stream=None,
+  fallback: bool = False,
 ) -> Result:
   """Trains in `workdir` until `training.steps`, from its last checkpoint on.
 
+  With `fallback` that is the last one that can be read.
+
   Raises ValueError for settings that cannot work or belong to another run,
   CheckpointError where one cannot be read or written, and DivergedError where
-  the loss stops being finite. SIGTERM and SIGINT save and return early. Of
-  several processes (`hosts.start`) all call it with the same arguments and get
-  the same result; the first one writes the records.
+  the loss stops being finite. SIGTERM, SIGINT and SIGHUP save and return early.
+  Of several processes (`hosts.start`) all call it with the same arguments and
+  get the same result; the first one writes the records.
   """
   settings = dataclasses.asdict(config)
+  checkpoint.folder(workdir)  # or the checkpoints could lie nowhere
   workdir_lib.check(workdir, settings)
   run = run_lib.make_run(config, workdir_lib.tokenizer_path(workdir))
   checkpoint.check_space(storage.absolute(workdir), run.abstract_state)
@@ -50,7 +58,7 @@ def train(
   with lease.hold(workdir) as check_lease:
     workdir_lib.check(workdir, settings)  # now that nobody else may write it
     records = workdir_lib.write_records(workdir, settings, run)
-    result = _train(run, workdir, records, check_lease, stream)
+    result = _train(run, workdir, records, check_lease, stream, fallback)
     if hosts.is_first():
       curves.draw_losses(
         {"": metrics_lib.read_metrics(workdir)},
@@ -59,12 +67,12 @@ def train(
   return result
 
 
-def _train(run, workdir, records, check_lease, stream) -> Result:
+def _train(run, workdir, records, check_lease, stream, fallback) -> Result:
   """Trains a run whose workdir is ours and has its records."""
   training = run.config.training
   keep = training.max_to_keep
   with checkpoint.Checkpoints(workdir, max_to_keep=keep) as checkpoints:
-    state, start = restore_or_init(run, checkpoints)
+    state, start = restore_or_init(run, checkpoints, fallback=fallback)
 
     def save(step, state, validation):
       check_lease()
@@ -90,13 +98,36 @@ def _train(run, workdir, records, check_lease, stream) -> Result:
 
 
 def restore_or_init(
-  run: run_lib.Run, checkpoints: checkpoint.Checkpoints
+  run: run_lib.Run, checkpoints: checkpoint.Checkpoints, *, fallback=False
 ) -> tuple[state_lib.TrainState, int]:
-  """The state to go on from and the number of steps it has done."""
-  if not checkpoints.steps():
-    return run.init(), 0
-  checkpoints.check_metrics()
-  step = checkpoints.find("latest")
+  """The state to go on from and the number of steps it has done.
+
+  With `fallback` checkpoints that cannot be read are set aside, if one can.
+  """
+  if fallback and jax.process_count() > 1:
+    raise ValueError(
+      "--fallback is for one process, as only some of several may fail to read "
+      "a checkpoint; move the damaged folder out of the workdir instead"
+    )
+  found, damaged = None, {}
+  for step in reversed(checkpoints.steps()):
+    try:
+      # The next save keeps the best by these and deletes others.
+      checkpoints.metrics(step)
+      found = found or (_restore(run, checkpoints, step), step)
+    except checkpoint.CheckpointError as error:
+      if not fallback:
+        raise
+      damaged[step] = error
+  if damaged and not found:
+    raise damaged[min(damaged)]
+  for step in damaged:
+    place = checkpoints.set_aside(step)
+    print(f"step {step} cannot be read: moved to {place}", file=sys.stderr)
+  return found or (run.init(), 0)
+
+
+def _restore(run, checkpoints, step) -> state_lib.TrainState:
   recorded = checkpoints.restore_json(step, "data")
   for name, value in run.fingerprints.items():
     if recorded[name] != value:
@@ -105,7 +136,7 @@ def restore_or_init(
         f"now {value}; bring back the files it was made from or choose "
         "another --workdir"
       )
-  return checkpoints.restore(step, run.abstract_state), step
+  return checkpoints.restore(step, run.abstract_state)
 
 
 def run_steps(run, state, start, writer, save, stop) -> state_lib.TrainState:

@@ -13,7 +13,11 @@ import numpy as np
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[signal.Signals]]:
-  """Collects SIGTERM and SIGINT in the list it gives; a second one kills."""
+  """Collects signals that end a process, in the list it gives.
+
+  SIGTERM, SIGINT, and SIGHUP where it is not ignored, as under nohup. A second
+  one kills.
+  """
   caught = []
   previous = {}
 
@@ -22,7 +26,9 @@ def catch_signals() -> Iterator[list[signal.Signals]]:
     for each, handler in previous.items():
       signal.signal(each, handler)
 
-  for number in (signal.SIGTERM, signal.SIGINT):
+  for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+      continue
     previous[number] = signal.signal(number, handle)
   try:
     yield caught

@@ -1,5 +1,6 @@
 import io
 import os
+import shutil
 import signal
 import threading
 
@@ -14,6 +15,8 @@ from longnet_jax.training import run as run_lib
 from longnet_jax.training import workdir as workdir_lib
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 def _train(settings, workdir):
@@ -119,7 +122,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_settings, tmp_path):
   assert not list((tmp_path / "checkpoints").glob("*tmp*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+)
 def test_a_signal_saves_and_stops(
   straight, tiny_settings, tmp_path, monkeypatch, number
 ):
@@ -137,11 +142,28 @@ def test_a_signal_saves_and_stops(
   assert early.step in (1, 2)
   assert f"{number.name}: stopped after step" in stream.getvalue()
   assert signal.getsignal(number) is not signal.SIG_IGN
-  if number == signal.SIGINT:
+  if number != signal.SIGTERM:
     return
   monkeypatch.undo()
   late, _ = _train(tiny_settings(), tmp_path)
   assert late.fingerprint == result.fingerprint
+
+
+def test_a_damaged_checkpoint_is_passed_over_when_asked(
+  straight, tiny_settings, tmp_path
+):
+  workdir, result, _ = straight
+  copy = tmp_path / "run"
+  shutil.copytree(workdir, copy)
+  shutil.rmtree(copy / "checkpoints" / "4" / "opt_state")
+  with pytest.raises(
+    checkpoint.CheckpointError, match="--fallback to go on from step 2"
+  ):
+    _train(tiny_settings(), copy)
+  config = config_lib.build(tiny_settings())
+  again = loop.train(config, copy, stream=io.StringIO(), fallback=True)
+  assert again == result
+  assert len(list(copy.glob("damaged-4-*"))) == 1
 
 
 class Snippets(tfds.core.GeneratorBasedBuilder):
