@@ -29,16 +29,12 @@ from longnet_jax.parallel import hosts
 from longnet_jax.training import checkpoint, report
 from longnet_jax.training import config as config_lib
 
-_LOST = (
-  "another process of this run has ended; see what it said, then start all "
-  "again: they go on from the last checkpoint"
-)
-REFUSED, DIVERGED, STORAGE, LOST = 1, 3, 4, 5
+REFUSED, DIVERGED, STORAGE = 1, 3, 4
 _CODES = {
   report.DivergedError: DIVERGED,
   checkpoint.WriteError: STORAGE,
   storage.StorageError: STORAGE,
-  hosts.LostError: LOST,
+  hosts.LostError: hosts.LOST,
 }
 _STORAGE_FAILS = (
   errno.ENOSPC,
@@ -69,18 +65,20 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     logging.set_verbosity(logging.FATAL)
     try:
       return main(arguments)
-    except (ValueError, OSError, report.DivergedError) as error:
-      if not is_refusal(error):
-        raise
+    except hosts.LostError as error:
       fail(error)
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       hosts.leave(130)
     except Exception as error:
-      if not jax.distributed.is_initialized():
+      several = jax.distributed.is_initialized()
+      if several and hosts.lost_another(error):
+        fail(hosts.LostError())
+      refusals = (ValueError, OSError, report.DivergedError)
+      if isinstance(error, refusals) and is_refusal(error):
+        fail(error)
+      if not several:
         raise
-      if hosts.lost_another(error):
-        fail(hosts.LostError(_LOST))
       traceback.print_exc()
       hosts.leave(REFUSED)
 

@@ -39,6 +39,11 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
   "process_id", None, "number of this process, from 0"
 )
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+  "join_timeout",
+  hosts.JOIN_TIMEOUT,
+  "seconds until a process that has not come is given up",
+)
 _FAKE_DEVICES = flags.DEFINE_integer(
   "fake_devices", None, "CPU devices a process, to try out a mesh"
 )
@@ -58,6 +63,7 @@ def main(_) -> int:
     _NUM_PROCESSES.value,
     _PROCESS_ID.value,
     fake_devices=_FAKE_DEVICES.value,
+    join_timeout=_JOIN_TIMEOUT.value,
   )
   result = loop.train(config, workdir, fallback=_FALLBACK.value)
   if hosts.is_first():

@@ -10,20 +10,50 @@ import importlib.util
 import os
 import pathlib
 import re
+import socket
 import sys
+import threading
 import time
 import typing
 
 import jax
+from jax._src import distributed
 from jax.experimental import multihost_utils
 import numpy as np
 
+from longnet_jax.parallel import liveness
+
+# The end of a process that has lost another one.
+LOST = 5
+# What Gloo, NCCL, gRPC and JAX's coordination say of a process that has gone.
+_GONE = re.compile(
+  r"Gloo|gloo/|NCCL (operation|communicator)|nccl(Remote|System)Error"
+  r"|remote process exited|[Cc]oordination ?[Ss]ervice|heartbeat"
+  r"|Connection (reset|closed|refused)|Socket closed|[Bb]arrier timed out"
+)
+# What JAX reads in a task of a SLURM step.
+_SLURM = (
+  "SLURM_STEP_NODELIST",
+  "SLURM_PROCID",
+  "SLURM_LOCALID",
+  "SLURM_JOB_ID",
+)
+# Seconds to wait for the others at the start, unless told otherwise.
+JOIN_TIMEOUT = 300
 # Seconds that a failed process 0 gives the others to fail in the same way.
 _PATIENCE = 5
+_watches = []  # of the other processes, once all have come
 
 
 class LostError(RuntimeError):
-  """Another process of the run has ended."""
+  """Another process of the run has ended, or never came."""
+
+  def __init__(self, text: str = ""):
+    super().__init__(
+      text
+      or "another process of this run has ended; see what it said, then start "
+      "all again: they go on from the last checkpoint"
+    )
 
 
 def start(
@@ -32,6 +62,7 @@ def start(
   process_id: int | None = None,
   *,
   fake_devices: int | None = None,
+  join_timeout: int = JOIN_TIMEOUT,
 ) -> None:
   """Joins this process to the others; call it before anything uses a device.
 
@@ -44,11 +75,17 @@ def start(
     num_processes: how many there are; 1 alone keeps a process from joining.
     process_id: this one's number, from 0.
     fake_devices: this many CPU devices in each process, to try a mesh out.
+    join_timeout: seconds until a process that has not come is given up.
 
   Raises:
-    ValueError: arguments that do not belong together, or nobody answered.
+    ValueError: arguments that do not belong together, or a port that is taken.
+    LostError: some process did not come in time.
   """
   _check_arguments(coordinator, num_processes, process_id)
+  if join_timeout < 1:
+    raise ValueError(
+      f"join_timeout is {join_timeout}; choose 1 or more seconds"
+    )
   if fake_devices is not None:
     if fake_devices < 1:
       raise ValueError(f"fake_devices is {fake_devices}; choose 1 or more")
@@ -70,15 +107,9 @@ def start(
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   # Its handler would swallow a SIGTERM during start-up.
   jax.config.update("jax_enable_preemption_service", False)
-  try:
-    jax.distributed.initialize(**found)
-  except (RuntimeError, ValueError, OSError) as error:
-    where = coordinator or "what the TPU pod or SLURM names"
-    raise ValueError(
-      f"cannot join the other processes at {where}: {_first_line(error)}; "
-      "start all processes, with an address and a free port of process 0 that "
-      "every host reaches, or give --num_processes=1 to run alone"
-    ) from error
+  _join(found, coordinator, join_timeout)
+  store, process = distributed.global_state.client, jax.process_index()
+  _watches.append(liveness.Liveness(store, process, _leave_lost))
 
 
 def is_first() -> bool:
@@ -122,11 +153,17 @@ def check_equal(values: Mapping[str, str]) -> None:
       )
 
 
-def lost_another(error: BaseException) -> bool:
-  """Whether an error says that the connection to a process has broken."""
-  return isinstance(error, jax.errors.JaxRuntimeError) and bool(
-    re.search(r"[Gg]loo|coordination|heartbeat|[Cc]onnection|peer", str(error))
-  )
+def lost_another(error: BaseException | None) -> bool:
+  """Whether an error, or what it came from, is a process that has gone.
+
+  Only the text tells: of one collective JAX raises a ValueError, of another a
+  JaxRuntimeError, and writing a checkpoint wraps either.
+  """
+  while error is not None:
+    if _GONE.search(str(error)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def leave(code: int) -> typing.NoReturn:
@@ -138,11 +175,79 @@ def leave(code: int) -> typing.NoReturn:
   """
   sys.stdout.flush()
   sys.stderr.flush()
-  if jax.distributed.is_initialized() and jax.process_index() == 0:
+  # Before all have come, asking who is first would wait for them.
+  if _watches and jax.process_index() == 0:
     time.sleep(_PATIENCE)
   # Not sys.exit: what runs at exit waits for processes that do not come, and
   # for threads of a failed save.
   os._exit(code)
+
+
+def _join(found: dict, coordinator: str | None, timeout: int) -> None:
+  """Runs jax.distributed.initialize, which past its timeout would abort."""
+  where = coordinator or "what the TPU pod or SLURM names"
+  advice = (
+    "start all processes, with an address and a free port of process 0 that "
+    "every host reaches, or give --num_processes=1 to run alone"
+  )
+  if coordinator is not None:
+    _check_port(coordinator, found["process_id"], timeout, advice)
+  errors = []
+
+  def initialize():
+    try:
+      jax.distributed.initialize(**found, initialization_timeout=10 * timeout)
+    except Exception as error:
+      errors.append(error)
+
+  joining = threading.Thread(target=initialize, daemon=True)
+  joining.start()
+  joining.join(timeout)
+  if joining.is_alive():
+    raise LostError(
+      f"not all processes have come to {where} in {timeout} seconds "
+      f"(--join_timeout); {advice}"
+    )
+  if errors:
+    raise ValueError(
+      f"cannot join the other processes at {where}: {_first_line(errors[0])}; "
+      f"{advice}"
+    ) from errors[0]
+
+
+def _check_port(coordinator, process_id, timeout, advice):
+  """Raises unless process 0 can listen, or the others can reach it in time."""
+  host, _, port = coordinator.rpartition(":")
+  address = (host.strip("[]"), int(port))
+  if process_id == 0:
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else 0) as probe:
+      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      try:
+        probe.bind(("", address[1]))
+      except OSError as error:
+        raise ValueError(
+          f"port {port} of {coordinator} cannot be used by process 0 "
+          f"({error.strerror}); choose another for all processes"
+        ) from error
+    return
+  stop = time.monotonic() + timeout
+  while True:
+    try:
+      socket.create_connection(address, timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() > stop:
+        raise LostError(
+          f"process 0 has not answered at {coordinator} for {timeout} seconds "
+          f"({error.strerror or error}); {advice}"
+        ) from error
+      time.sleep(0.2)
+
+
+def _leave_lost(who: str) -> None:
+  text = f"{who} has not been heard of for {liveness.PATIENCE:.0f} seconds: "
+  print(f"error: {text}{LostError()}", file=sys.stderr)
+  leave(LOST)
 
 
 def _check_arguments(coordinator, num_processes, process_id):
@@ -178,9 +283,7 @@ def _check_arguments(coordinator, num_processes, process_id):
 def _found() -> dict | None:
   """Arguments of jax.distributed.initialize, or None where it is not needed."""
   environment = os.environ
-  if int(environment.get("SLURM_NTASKS", 1)) > 1 and (
-    "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment
-  ):
+  if _slurm_tasks(environment) > 1:
     found = {"cluster_detection_method": "slurm"}
     per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     gpus = environment.get("SLURM_GPUS_ON_NODE", "")
@@ -196,6 +299,24 @@ def _found() -> dict | None:
   if chips and importlib.util.find_spec("libtpu"):
     return {}
   return None
+
+
+def _slurm_tasks(environment: Mapping[str, str]) -> int:
+  """Tasks of the SLURM step that this process is one of; 1 outside of a step.
+
+  Of variables that were left by another shell only some are there.
+  """
+  text = environment.get("SLURM_NTASKS", "1")
+  present = [name for name in _SLURM if environment.get(name)]
+  if not text.isdigit() or int(text) == 1 or len(present) < 2:
+    return 1
+  missing = [name for name in _SLURM if name not in present]
+  if missing:
+    raise ValueError(
+      f"SLURM_NTASKS is {text} and {', '.join(missing)} not set: start with "
+      "srun, or give --num_processes=1 to run alone"
+    )
+  return int(text)
 
 
 def _first_line(error: BaseException) -> str:

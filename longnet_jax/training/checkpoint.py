@@ -336,6 +336,12 @@ def check_space(where: storage.Path, tree) -> None:
     )
 
 
+def _short(text: str) -> str:
+  """One line of an error, whose end says more than its middle."""
+  line = text.splitlines()[0].partition(" [")[0]
+  return line if len(line) <= 240 else f"{line[:80]} ... {line[-150:]}"
+
+
 def _items(step, arrays, records, validation) -> dict:
   """What orbax is to write: the arrays, the records and their checksums."""
   sums = {
@@ -376,6 +382,6 @@ def _explained(problem: str, advice: str = "", kind=CheckpointError):
   except Exception as error:
     text = str(error).strip() or type(error).__name__
     causes = (cause for said, cause in _CAUSES.items() if said in text)
-    reason = next(causes, text.splitlines()[0][:200])
+    reason = next(causes, _short(text))
     line = f"{problem}: {reason}"
     raise kind(f"{line}; {advice}" if advice else line) from error
