@@ -1,1 +1,1 @@
-"""Experiment configurations; base.py documents every key."""
+"""Experiment configurations; base.py has every key, the others change some."""

@@ -13,7 +13,7 @@ matrix unit is. The model's work is
 
 from ml_collections import config_dict
 
-from configs import base
+from configs import paper
 from longnet_jax.models import sizes
 
 DEVICES = 256
@@ -21,16 +21,11 @@ _WINDOW = 2**21
 
 
 def get_config() -> config_dict.ConfigDict:
-  config = base.get_config()
-  config.model.update(sizes.SIZES["125M"])
+  config = paper.get_config("125M")
   config.model.update(sizes.geometric_branches(_WINDOW))
   config.model.num_heads = 6
   config.model.position = "rope"  # xPos ends at some tens of thousands
   config.model.max_positions = _WINDOW
-  config.model.vocab_size = 50_304
-  config.model.tie_embeddings = True
-  config.data.tokenizer = "bpe"
-  config.data.bpe_vocab_size = 50_304
   config.data.level = "repository"  # files are shorter than a window
   config.data.window = _WINDOW
   config.training.batch_size = 4

@@ -23,7 +23,6 @@ def get_config() -> config_dict.ConfigDict:
   config.model.sparse_summary = 8
   config.model.max_positions = 1024
   config.model.dtype = "float32"
-  config.model.remat = "none"
   config.data.window = 1024
   config.training.steps = 2000
   config.training.batch_size = 1

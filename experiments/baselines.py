@@ -6,7 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.models import sizes, transformer
 from longnet_jax.training import checkpoint, curves, loop, metrics
 from longnet_jax.training import config as config_lib
@@ -36,7 +36,9 @@ def variants(
   }
   counts = {core: num_parameters(each) for core, each in configs.items()}
   if len(set(counts.values())) != 1:
-    raise ValueError(f"the models differ in their parameters: {counts}")
+    raise checked.RefusedError(
+      f"the models differ in their parameters: {counts}"
+    )
   return configs
 
 
@@ -74,7 +76,7 @@ def write(folder: storage.Path, models: dict[str, dict], **more) -> dict:
   """
   data = {core: model["data"] for core, model in models.items()}
   if any(each != data["dilated"] for each in data.values()):
-    raise ValueError(f"the runs have read different data: {data}")
+    raise checked.RefusedError(f"the runs have read different data: {data}")
   comparison = {**more, "models": models}
   text = json.dumps(comparison) + "\n"
   storage.write_whole(folder / "comparison.json", text)

@@ -13,6 +13,7 @@ import pathlib
 from absl import flags
 
 from experiments import attention_speed, command, decode_speed, hardware
+from longnet_jax import checked
 
 _LENGTHS = flags.DEFINE_list(
   "lengths", ["2048", "4096", "8192", "16384", "32768"], "lengths in tokens"
@@ -23,9 +24,13 @@ _MODE = flags.DEFINE_enum(
 _PASSES = flags.DEFINE_list(
   "passes", list(attention_speed.MODES), "of --mode=attention: which are timed"
 )
-_LAYERS = flags.DEFINE_integer("layers", 4, "layers of --mode=decode")
-_HEADS = flags.DEFINE_integer("heads", 12, "attention heads")
-_HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "width of a head")
+_LAYERS = flags.DEFINE_integer(
+  "layers", 4, "layers of --mode=decode", lower_bound=1
+)
+_HEADS = flags.DEFINE_integer("heads", 12, "attention heads", lower_bound=1)
+_HEAD_DIM = flags.DEFINE_integer(
+  "head_dim", 64, "width of a head", lower_bound=1
+)
 _SEGMENTS = flags.DEFINE_list(
   "segment_lengths", ["2048", "4096", "8192", "16384", "32768"], "w of branches"
 )
@@ -62,8 +67,9 @@ def main(_) -> None:
   lengths = sorted(set(_ints("lengths", _LENGTHS.value)))
   for mode in _PASSES.value:
     if mode not in attention_speed.MODES:
-      raise ValueError(
-        f"--passes holds {mode!r}; use some of {attention_speed.MODES}"
+      raise checked.RefusedError(
+        f"--passes holds {checked.shown(mode)}; use some of "
+        f"{attention_speed.MODES}"
       )
   out = pathlib.Path(_OUT.value)
   out.mkdir(parents=True, exist_ok=True)
@@ -142,9 +148,7 @@ def _line(record, batch):
 
 def _ints(name, texts):
   if not texts or not all(t.isdigit() and int(t) for t in texts):
-    raise ValueError(
-      f"--{name} is {','.join(texts)!r}; give positive ints such as 2048,4096"
-    )
+    checked.refuse(f"--{name}", ",".join(texts), "positive, such as 2048,4096")
   return tuple(int(t) for t in texts)
 
 

@@ -22,6 +22,7 @@ import jax
 from jax.experimental import topologies
 
 from experiments import command, communication, equality, hardware
+from longnet_jax import checked
 from longnet_jax.parallel import mesh as mesh_lib
 
 _OUTPUT = flags.DEFINE_string(
@@ -129,7 +130,7 @@ def _scaled(devices):
 def _pod(topology):
   """Returns the tables for layers of real size on a pod."""
   if importlib.util.find_spec("libtpu") is None:
-    raise ValueError(
+    raise checked.RefusedError(
       f"--topology={topology} needs the TPU compiler: pip install 'jax[tpu]'"
     )
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -139,7 +140,7 @@ def _pod(topology):
       platform="tpu", topology_name=topology
     ).devices
   except (RuntimeError, ValueError) as error:
-    raise ValueError(
+    raise checked.RefusedError(
       f"--topology={topology} is not one that libtpu knows; try v5e:4x4"
     ) from error
   length = _POD_SHARD * len(devices)

@@ -24,7 +24,7 @@ import jax
 import ml_collections
 from ml_collections import config_flags
 
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.parallel import hosts
 from longnet_jax.training import checkpoint, report
 from longnet_jax.training import config as config_lib
@@ -44,7 +44,8 @@ _STORAGE_FAILS = (
   errno.EROFS,
   errno.ESTALE,
 )
-_OURS = ("configs", "experiments", "longnet_jax")
+# How the library begins when a config file raises; a traceback follows.
+_IN_CONFIG = "Error whilst parsing config file"
 # How the parsers of flags begin to complain -> what they would take.
 _LEGAL = {
   ": invalid literal for int()": "a whole number such as 4",
@@ -74,8 +75,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
       several = jax.distributed.is_initialized()
       if several and hosts.lost_another(error):
         fail(hosts.LostError())
-      refusals = (ValueError, OSError, report.DivergedError)
-      if isinstance(error, refusals) and is_refusal(error):
+      refusals = (checked.RefusedError, OSError, report.DivergedError)
+      if isinstance(error, refusals):
         fail(error)
       if not several:
         raise
@@ -105,16 +106,6 @@ def _code(error: Exception) -> int:
   return next(codes, REFUSED)
 
 
-def is_refusal(error: Exception) -> bool:
-  """Whether an error is ours to say or the system's, not a library's."""
-  if not isinstance(error, ValueError):
-    return True
-  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-  return frame.f_globals.get("__name__", "").partition(".")[0] in _OURS or (
-    frame.f_globals.get("__name__") == "__main__"
-  )
-
-
 def _quiet_loop(hook):
   """A hook that leaves out what writes say that nobody waits for any more."""
 
@@ -140,20 +131,33 @@ def _explained(arguments: Sequence[str]):
   try:
     yield
   except flags.Error as error:
-    fail(ValueError(_legal_value(str(error))))
+    if _IN_CONFIG in str(error):
+      _fail_to_load(arguments, _first(error))
+    fail(checked.RefusedError(_legal_value(str(error))))
   except (AttributeError, KeyError) as error:
     keys = [a.lstrip("-").partition("=")[0] for a in arguments]
     known = list(config_lib.flatten(_default().to_dict(), "config."))
     for key in keys:
       if key.startswith("config.") and key not in known:
-        fail(ValueError(config_lib.unknown_key(key, known)))
+        fail(checked.RefusedError(checked.unknown_key(key, known)))
     fail(error)
   except (OSError, ImportError, SyntaxError, TypeError) as error:
-    reason = str(error)
-    if isinstance(error, OSError):  # the library lists where it looked
-      reason = "no such file; use one such as configs/quickstart.py"
-    files = " ".join(a for a in arguments if a.startswith("--config="))
-    fail(ValueError(f"cannot load the config {files}: {reason}"))
+    _fail_to_load(arguments, error)
+
+
+def _fail_to_load(arguments, error):
+  reason = str(error)
+  if isinstance(error, OSError):  # the library lists where it looked
+    reason = "no such file; use one such as configs/quickstart.py"
+  files = " ".join(a for a in arguments if a.startswith("--config="))
+  fail(checked.RefusedError(f"cannot load the config {files}: {reason}"))
+
+
+def _first(error: BaseException) -> BaseException:
+  """The error during whose handling all others came."""
+  while error.__context__ is not None:
+    error = error.__context__
+  return error
 
 
 def _legal_value(message: str) -> str:
@@ -161,7 +165,8 @@ def _legal_value(message: str) -> str:
   for complaint, legal in _LEGAL.items():
     flag, found, _ = message.partition(complaint)
     if found:
-      return f"{flag}: it must be {legal}"
+      name, _, value = flag.partition("=")
+      return f"{name}={checked.cut(value)}: it must be {legal}"
   return message
 
 

@@ -13,7 +13,7 @@ Exit codes are those of experiments.train.
 from absl import flags
 
 from experiments import baselines, command, hardware
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import loop
 
@@ -26,7 +26,9 @@ _WORKDIR = flags.DEFINE_string(
 def main(_) -> int:
   """Trains the three and sets them side by side."""
   if _WORKDIR.value is None:
-    raise ValueError("--workdir is missing; give a folder such as runs/compare")
+    raise checked.RefusedError(
+      "--workdir is missing; give a folder such as runs/compare"
+    )
   folder = storage.path(_WORKDIR.value)
   config = config_lib.build(_CONFIG.value)
   models = {}

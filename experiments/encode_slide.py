@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from experiments import command, hardware
+from longnet_jax import checked
 from longnet_jax.interop import gigapath
 from longnet_jax.models import slide_encoder, slides
 from longnet_jax.training import checkpoint
@@ -105,7 +106,7 @@ def _model():
   if _WORKDIR.value:
     config, params = checkpoint.load_checkpoint(_WORKDIR.value)
     if not isinstance(config, slide_encoder.SlideEncoderConfig):
-      raise ValueError(
+      raise checked.RefusedError(
         f"{_WORKDIR.value} holds no slide encoder but a"
         f" {type(config).__name__}; import one with --kind=gigapath"
       )
@@ -135,7 +136,9 @@ def _slide(config):
   with np.load(_SLIDE.value, allow_pickle=False) as file:
     missing = {"tiles", "coords"} - set(file.files)
     if missing:
-      raise ValueError(f"{_SLIDE.value} has no {' and no '.join(missing)}")
+      raise checked.RefusedError(
+        f"{_SLIDE.value} has no {' and no '.join(missing)}"
+      )
     return slides.Slide(file["tiles"], file["coords"])
 
 

@@ -9,7 +9,7 @@ drawn into the same picture, and loss_compare.png shows their training.
 from absl import flags
 
 from experiments import command, hardware
-from longnet_jax import evaluate, storage
+from longnet_jax import checked, evaluate, storage
 from longnet_jax.data import config as data_config
 from longnet_jax.data import tokenizers
 from longnet_jax.training import checkpoint, curves, metrics
@@ -34,7 +34,9 @@ _CHECKPOINT = flags.DEFINE_string(
 def main(_) -> None:
   """Evaluates the workdir, and those to compare it with."""
   if _WORKDIR.value is None:
-    raise ValueError("--workdir is missing; give the folder of a training run")
+    raise checked.RefusedError(
+      "--workdir is missing; give the folder of a training run"
+    )
   lengths = [_length(text) for text in _LENGTHS.value]
   workdirs = [storage.path(d) for d in (_WORKDIR.value, *_COMPARE.value)]
   labels = _labels(workdirs)
@@ -81,7 +83,9 @@ def evaluate_workdir(workdir: storage.Path, lengths: list[int]) -> dict:
 
 def _length(text: str) -> int:
   if not text.strip().isdigit() or int(text) < 1:
-    raise ValueError(f"--lengths has {text!r}; use whole numbers such as 2048")
+    raise checked.RefusedError(
+      f"--lengths has {checked.shown(text)}; use whole numbers such as 2048"
+    )
   return int(text)
 
 
@@ -89,7 +93,9 @@ def _which(text: str) -> int | str:
   if text.isdigit():
     return int(text)
   if text not in ("latest", "best"):
-    raise ValueError(f"--checkpoint is {text!r}; use latest, best or a step")
+    raise checked.RefusedError(
+      f"--checkpoint is {checked.shown(text)}; use latest, best or a step"
+    )
   return text
 
 

@@ -13,7 +13,7 @@ from absl import flags
 import numpy as np
 
 from experiments import command
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.data import tokenizers
 from longnet_jax.inference import sample
 from longnet_jax.parallel import mesh as mesh_lib
@@ -50,7 +50,9 @@ _CHECKPOINT = flags.DEFINE_string(
 def main(_) -> None:
   """Writes the continuation of the prompt."""
   if _WORKDIR.value is None:
-    raise ValueError("--workdir is missing; give the folder of a training run")
+    raise checked.RefusedError(
+      "--workdir is missing; give the folder of a training run"
+    )
   text = _read_prompt()
   settings = workdir_lib.read_config(_WORKDIR.value)
   tokenizer = tokenizers.load(workdir_lib.tokenizer_path(_WORKDIR.value))
@@ -99,7 +101,7 @@ def main(_) -> None:
 
 def _read_prompt() -> bytes:
   if (_PROMPT.value is None) == (_PROMPT_FILE.value is None):
-    raise ValueError("give either --prompt or --prompt_file")
+    raise checked.RefusedError("give either --prompt or --prompt_file")
   if _PROMPT.value is not None:
     return _PROMPT.value.encode()
   return storage.read(storage.path(_PROMPT_FILE.value))
@@ -108,7 +110,7 @@ def _read_prompt() -> bytes:
 def _room(config, length: int, wanted: int) -> int:
   """Returns how many tokens may be added; the last one is not read."""
   if length > config.position_limit:
-    raise ValueError(
+    raise checked.RefusedError(
       f"the prompt has {length:,} tokens and position={config.position!r} of"
       f" this model numbers {config.position_limit:,} positions; shorten it"
     )
@@ -135,7 +137,9 @@ def _which(text: str) -> int | str:
   if text.isdigit():
     return int(text)
   if text not in ("latest", "best"):
-    raise ValueError(f"--checkpoint is {text!r}; use latest, best or a step")
+    raise checked.RefusedError(
+      f"--checkpoint is {checked.shown(text)}; use latest, best or a step"
+    )
   return text
 
 

@@ -16,7 +16,7 @@ from absl import flags
 
 from configs import base
 from experiments import command
-from longnet_jax import interop, storage
+from longnet_jax import checked, interop, storage
 from longnet_jax.data import tokenizers
 from longnet_jax.interop import golden, keywords
 from longnet_jax.models import config as model_config
@@ -44,17 +44,19 @@ _TOKENIZER = flags.DEFINE_string(
 def main(arguments) -> None:
   """Converts, checks and writes as the flags say."""
   if len(arguments) != 2:
-    raise ValueError(
+    raise checked.RefusedError(
       f"give one file of weights, got {arguments[1:] or 'none'}: python -m"
       " experiments.import_weights SRC --kind=gigapath --workdir=DIR"
     )
   for flag in (_KIND, _WORKDIR):
     if flag.value is None:
-      raise ValueError(f"--{flag.name} is missing")
+      raise checked.RefusedError(f"--{flag.name} is missing")
   workdir = storage.path(_WORKDIR.value)
   held = ("checkpoints", "config.json")
   if any(storage.exists(workdir / name) for name in held):
-    raise ValueError(f"{workdir} holds a run already; choose another --workdir")
+    raise checked.RefusedError(
+      f"{workdir} holds a run already; choose another --workdir"
+    )
   state, keyword_config = _read(pathlib.Path(arguments[1]).expanduser())
   config, params = _convert(state, keyword_config)
   count = state_lib.num_parameters(params)
@@ -89,15 +91,17 @@ def _parse_config(text: str | None):
   try:
     config = json.loads(text)
   except json.JSONDecodeError as error:
-    raise ValueError(f"--config is no JSON: {error}") from error
+    raise checked.RefusedError(f"--config is no JSON: {error}") from error
   if not isinstance(config, dict):
-    raise ValueError(f"--config must be a dictionary, got {config!r}")
+    raise checked.RefusedError(
+      f"--config must be a dictionary, got {checked.shown(config)}"
+    )
   return config
 
 
 def _convert(state, config):
   if _KIND.value == "torchscale" and config is None:
-    raise ValueError(
+    raise checked.RefusedError(
       "--config is missing: tensors of torchscale do not tell the number of"
       " heads nor the branches; give its keyword dictionary, such as"
       ' \'{"decoder_attention_heads": 12, "segment_length": "[2048]", ...}\''
@@ -113,7 +117,7 @@ def _check(config, params):
     print(f"{name}: largest error {error:.2e} relative to the largest entry")
   worst = max(errors, key=errors.get)
   if not errors[worst] <= _TOLERANCE.value:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{worst} is off by {errors[worst]:.2e}, more than --tolerance="
       f"{_TOLERANCE.value:g}; nothing was written"
     )
@@ -155,7 +159,7 @@ def _tokenizer(vocab_size: int):
     return tokenizer if tokenizer.vocab_size == vocab_size else None
   tokenizer = tokenizers.load(_TOKENIZER.value)
   if tokenizer.vocab_size > vocab_size:
-    raise ValueError(
+    raise checked.RefusedError(
       f"the tokenizer has {tokenizer.vocab_size} ids, the model"
       f" {vocab_size}; choose the one it was trained with"
     )

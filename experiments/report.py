@@ -20,6 +20,7 @@ from experiments import (
   parallel_tables,
   tables,
 )
+from longnet_jax import checked
 from longnet_jax.analysis import pictures
 
 _CHECK = flags.DEFINE_bool("check", False, "only compare the tables")
@@ -52,7 +53,7 @@ def main(_) -> None:
     if not _CHECK.value:
       path.write_text(rebuilt)
     elif rebuilt != text:
-      raise ValueError(
+      raise checked.RefusedError(
         f"{path.name} differs from docs/; run python -m experiments.report"
       )
   if _CHECK.value:
@@ -85,7 +86,7 @@ def _make(name):
   if name == "sample":
     return f"```\n{(DOCS / 'sample.txt').read_text().rstrip()}\n```"
   if name not in TABLES:
-    raise ValueError(
+    raise checked.RefusedError(
       f"no table {name!r}; a page may have sample, {', '.join(sorted(TABLES))}"
     )
   make, stem = TABLES[name]

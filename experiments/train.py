@@ -16,6 +16,7 @@ all; when one dies the others end, too.
 from absl import flags
 
 from experiments import command
+from longnet_jax import checked
 from longnet_jax.parallel import hosts
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import loop
@@ -54,7 +55,9 @@ def main(_) -> int:
   workdir = _WORKDIR.value
   if workdir is None:
     if flags.FLAGS["config"].present:
-      raise ValueError("--config without --workdir; add --workdir=runs/NAME")
+      raise checked.RefusedError(
+        "--config without --workdir; add --workdir=runs/NAME"
+      )
     workdir = "runs/quickstart"
     print(f"no flags: {_QUICKSTART} into {workdir}", flush=True)
   config = config_lib.build(_CONFIG.value)

@@ -2,6 +2,7 @@
 
 The package is a stack; each layer imports only from those above it:
 
+  checked     configs checked by their annotations, the error that refuses
   pattern     which rows a head keeps of a branch, and how many: NumPy alone
   ops         mathematics of attention, positions and dilation
   parallel    meshes, sharding rules, sequence parallelism

@@ -8,7 +8,7 @@ import math
 from matplotlib import figure
 import numpy as np
 
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.data import config as data_config
 from longnet_jax.data import corpus, ngram, pipeline, tokenizers
 from longnet_jax.models import config as model_config
@@ -93,7 +93,7 @@ def evaluate(
   """
   for length in lengths:
     if not 1 <= length <= config.position_limit:
-      raise ValueError(
+      raise checked.RefusedError(
         f"length is {length}; position={config.position!r} of this model "
         f"numbers 1 to {config.position_limit} positions"
       )

@@ -16,6 +16,8 @@ import operator
 
 import numpy as np
 
+from longnet_jax import checked
+
 HEAD_PHASES = ("interleaved", "blocked")
 
 
@@ -48,15 +50,18 @@ class Pattern:
       object.__setattr__(self, name, as_int(name, getattr(self, name)))
     lengths, rates = self.segment_lengths, self.dilation_rates
     if not lengths:
-      raise ValueError("segment_lengths is empty: give at least one branch")
+      raise checked.RefusedError(
+        "segment_lengths is empty: give at least one branch"
+      )
     if len(lengths) != len(rates):
-      raise ValueError(
+      raise checked.RefusedError(
         f"dilation_rates has {len(rates)} entries, segment_lengths "
         f"{len(lengths)}: give one of each for every branch"
       )
     if self.head_phase not in HEAD_PHASES:
-      raise ValueError(
-        f"head_phase is {self.head_phase!r}: choose one of {HEAD_PHASES}"
+      raise checked.RefusedError(
+        f"head_phase is {checked.shown(self.head_phase)}: choose one of"
+        f" {HEAD_PHASES}"
       )
 
   @property
@@ -77,9 +82,11 @@ def as_int(name: str, value: int) -> int:
       raise TypeError
     number = operator.index(value)
   except TypeError:
-    raise ValueError(f"{name} is {value!r}: must be an int") from None
+    raise checked.RefusedError(
+      f"{name} is {checked.shown(value)}: must be an int"
+    ) from None
   if number < 1:
-    raise ValueError(f"{name} is {value}: must be 1 or more")
+    raise checked.RefusedError(f"{name} is {value}: must be 1 or more")
   return number
 
 
@@ -88,16 +95,19 @@ def index(name: str, value: int, size: int) -> int:
   try:
     number = operator.index(value)
   except TypeError:
-    raise ValueError(f"{name} is {value!r}: must be an int") from None
+    raise checked.RefusedError(
+      f"{name} is {checked.shown(value)}: must be an int"
+    ) from None
   if not 0 <= number < size:
-    raise ValueError(f"{name} is {value}: must be in 0 .. {size - 1}")
+    raise checked.RefusedError(f"{name} is {value}: must be in 0 .. {size - 1}")
   return number
 
 
 def _ints(name, values):
   if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-    raise ValueError(
-      f"{name} is {values!r}: give a sequence of ints such as (2048, 4096)"
+    raise checked.RefusedError(
+      f"{name} is {checked.shown(values)}: give a sequence of ints such as"
+      " (2048, 4096)"
     )
   return tuple(as_int(f"an entry of {name}", value) for value in values)
 
@@ -118,7 +128,7 @@ def from_config(config, length: int, *, is_causal: bool = True) -> Pattern:
     is_causal: True for the decoder, False for an encoder.
   """
   if config.attention == "sparse":
-    raise ValueError(
+    raise checked.RefusedError(
       "attention is 'sparse': only 'dilated' and 'dense' have branches"
     )
   is_dense = config.attention == "dense"

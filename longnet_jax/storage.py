@@ -17,6 +17,8 @@ import tempfile
 
 from etils import epath
 
+from longnet_jax import checked
+
 # Scheme -> what reads it, and the extra that installs that.
 _SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
@@ -40,17 +42,17 @@ def path(name: str | os.PathLike) -> Path:
   scheme = found.group(1)
   if scheme not in _SCHEMES:
     known = ", ".join(f"{known}://" for known in _SCHEMES)
-    raise ValueError(
+    raise checked.RefusedError(
       f"{text[:80]!r}: {scheme}:// is not known; use {known} or a folder of "
       "this machine"
     )
   if not re.match(rf"{scheme}://[^/]", text):
-    raise ValueError(
+    raise checked.RefusedError(
       f"{text[:80]!r} names no bucket; use {scheme}://BUCKET/DIR"
     )
   module, extra = _SCHEMES[scheme]
   if importlib.util.find_spec(module) is None:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{text[:80]!r}: {scheme}:// needs {module}, which is not installed; "
       f"pip install 'longnet-jax[{extra}]', or use a folder of this machine"
     )
@@ -144,7 +146,7 @@ def _local(text: str) -> pathlib.Path:
   try:
     return pathlib.Path(text).expanduser()
   except RuntimeError as error:
-    raise ValueError(f"{text[:80]!r}: ~ names no user") from error
+    raise checked.RefusedError(f"{text[:80]!r}: ~ names no user") from error
 
 
 @contextlib.contextmanager

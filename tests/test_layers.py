@@ -7,9 +7,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "longnet_jax"
 LAYERS = [
+  "checked",
   "storage",
   "pattern",
-  "checked",
   "ops",
   "parallel",
   "models",

@@ -7,6 +7,7 @@ of the model.
 
 import dataclasses
 
+from longnet_jax import checked
 from longnet_jax import pattern as pattern_lib
 
 _LSE_BYTES = 4  # the logsumexp is float32 whatever the compute type
@@ -159,7 +160,7 @@ def _checked_kv_heads(pattern, num_kv_heads, head_dim, itemsize):
     return pattern.num_heads
   num_kv_heads = pattern_lib.as_int("num_kv_heads", num_kv_heads)
   if pattern.num_heads % num_kv_heads:
-    raise ValueError(
+    raise checked.RefusedError(
       f"num_kv_heads is {num_kv_heads}: must divide num_heads "
       f"{pattern.num_heads}"
     )

@@ -13,6 +13,7 @@ from matplotlib import figure as mpl_figure
 from matplotlib import patches, ticker
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax import pattern as pattern_lib
 from longnet_jax.analysis import masks as masks_lib
 from longnet_jax.analysis import reach
@@ -258,7 +259,7 @@ def _finish(figure, path):
 
 def _check(pattern):
   if pattern.length > _LARGEST:
-    raise ValueError(
+    raise checked.RefusedError(
       f"length is {pattern.length}: pictures hold up to {_LARGEST} positions;"
       " draw a smaller pattern with the same proportions"
     )

@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax import pattern as pattern_lib
 
 _WORD = 64  # sources followed at once, one bit each
@@ -141,7 +142,7 @@ def logarithmic_bound(pattern: pattern_lib.Pattern) -> float:
   """
   first, last = pattern.segment_lengths[0], pattern.segment_lengths[-1]
   if last <= first:
-    raise ValueError(
+    raise checked.RefusedError(
       f"segment_lengths {pattern.segment_lengths} do not grow: the bound "
       "needs two branches or more in increasing order"
     )
@@ -209,7 +210,9 @@ def _check_sources(pattern, sources):
   """Returns the distinct positions in increasing order, or refuses them."""
   keys = np.unique(np.asarray(sources))
   if not keys.size:
-    raise ValueError("sources is empty: give a position or None for all")
+    raise checked.RefusedError(
+      "sources is empty: give a position or None for all"
+    )
   _check_position(pattern, keys[0])
   _check_position(pattern, keys[-1])
   return keys.astype(np.int64)

@@ -3,6 +3,7 @@
 import numbers
 from typing import NamedTuple
 
+from longnet_jax import checked
 from longnet_jax import pattern as pattern_lib
 from longnet_jax.analysis import costs
 
@@ -54,9 +55,11 @@ def suggest(
   length = pattern_lib.as_int("length", length)
   num_heads = pattern_lib.as_int("num_heads", num_heads)
   if pattern_lib.as_int("ratio", ratio) < 2:
-    raise ValueError(f"ratio is {ratio}: must be 2 or more")
+    raise checked.RefusedError(f"ratio is {ratio}: must be 2 or more")
   if not isinstance(budget, numbers.Real) or not budget > 0:
-    raise ValueError(f"budget is {budget!r}: must be a number of FLOPs above 0")
+    raise checked.RefusedError(
+      f"budget is {checked.shown(budget)}: must be a number of FLOPs above 0"
+    )
   suggestions = [
     _priced(
       _geometric(length, num_heads, first, ratio, allow_gaps),
@@ -71,7 +74,7 @@ def suggest(
   affordable = [s for s in suggestions if flops(s) <= budget]
   if not affordable:
     advice = "" if allow_gaps else " or pass allow_gaps=True"
-    raise ValueError(
+    raise checked.RefusedError(
       f"budget is {budget:g} FLOPs and the cheapest setting for {length} "
       f"positions costs {min(map(flops, suggestions)):g}: raise it{advice}"
     )

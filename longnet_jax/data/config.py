@@ -1,8 +1,19 @@
 """What to read, how to cut it into tokens and windows: one frozen record."""
 
 import dataclasses
+from typing import Annotated, Literal
+
+from longnet_jax import checked
 
 SPLITS = ("train", "validation", "test")
+_BpeSize = Annotated[
+  int,
+  checked.Range(
+    at_least=258,
+    at_most=2**31 - 1,
+    why="256 bytes, one merge, the separator; ids are int32",
+  ),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,100 +62,46 @@ class DataConfig:
     "__pycache__",
     ".*",
   )
-  level: str = "file"
-  validation_fraction: float = 0.05
-  test_fraction: float = 0.05
+  level: Literal["file", "repository"] = "file"
+  validation_fraction: checked.Share = 0.05
+  test_fraction: checked.Share = 0.05
   text_feature: str = "text"
   data_dir: str = ""
   cache_dir: str = ""
-  tokenizer: str = "bytes"
-  bpe_vocab_size: int = 8192
-  window: int = 2048
-  layout: str = "packed"
-  seed: int = 0
-  needle_distances: tuple[int, ...] = (64, 256, 1024)
-  needle_digits: int = 4
-  needle_windows: int = 256
+  tokenizer: Literal["bytes", "bpe"] = "bytes"
+  bpe_vocab_size: _BpeSize = 8192
+  window: checked.Count = 32_768
+  layout: Literal["packed", "long"] = "packed"
+  seed: checked.Seed = 0
+  needle_distances: tuple[checked.Count, ...] = (64, 256, 1024)
+  needle_digits: checked.Count = 4
+  needle_windows: checked.Count = 256
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      _check_type(field.name, getattr(self, field.name), field.default)
-      if isinstance(field.default, tuple):
-        object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
-    _choose("level", self.level, ("file", "repository"))
-    _choose("layout", self.layout, ("packed", "long"))
-    _choose("tokenizer", self.tokenizer, ("bytes", "bpe"))
-    for name in ("window", "needle_digits", "needle_windows"):
-      _require(
-        name, getattr(self, name), getattr(self, name) >= 1, "at least 1"
-      )
-    _require("seed", self.seed, 0 <= self.seed < 2**32, "in 0..2**32 - 1")
-    _require(
-      "bpe_vocab_size",
-      self.bpe_vocab_size,
-      258 <= self.bpe_vocab_size <= 2**31,
-      "at least 258: 256 bytes, one merge, the separator",
-    )
-    for name in ("validation_fraction", "test_fraction"):
-      fraction = getattr(self, name)
-      _require(name, fraction, 0 <= fraction < 1, "in [0, 1), such as 0.05")
+    checked.check_fields(self)
     held_out = self.validation_fraction + self.test_fraction
-    _require(
-      "validation_fraction + test_fraction",
-      held_out,
-      held_out < 1,
-      "below 1, so that documents are left to train on",
-    )
-    _require("dataset", self.dataset, self.dataset, "source_code, say")
-    _require(
-      "include", self.include, self.include, "patterns such as ('*.py',)"
-    )
+    if held_out >= 1:
+      checked.refuse(
+        "validation_fraction + test_fraction",
+        held_out,
+        "below 1, so that documents are left to train on",
+      )
+    if not self.dataset:
+      checked.refuse("dataset", self.dataset, "a name such as source_code")
+    if not self.include:
+      checked.refuse("include", self.include, "patterns such as ('*.py',)")
     if self.dataset == "needle":
       self._check_needle()
 
   def _check_needle(self):
-    _require(
-      "tokenizer",
-      self.tokenizer,
-      self.tokenizer == "bytes",
-      "bytes for the needle task",
-    )
+    if self.tokenizer != "bytes":
+      checked.refuse("tokenizer", self.tokenizer, "bytes for the needle task")
     low, high = self.needle_digits + 1, self.window - self.needle_digits
-    _require(
-      "needle_distances",
-      self.needle_distances,
-      self.needle_distances
-      and all(low <= d <= high for d in self.needle_distances),
-      f"numbers in {low}..{high} (needle_digits + 1 .. window - needle_digits)",
-    )
-
-
-def _check_type(name: str, value, default):
-  """Raises ValueError unless `value` is of the type of `default`."""
-  if isinstance(default, tuple):
-    legal = isinstance(value, (tuple, list))
-    _require(name, value, legal, f"a tuple such as {default}")
-    kind = type(default[0])
-    for i, entry in enumerate(value):
-      _require(f"{name}[{i}]", entry, type(entry) is kind, _KINDS[kind])
-  elif isinstance(default, float):
-    legal = type(value) in (int, float)
-    _require(name, value, legal, _KINDS[float])
-  else:
-    _require(name, value, type(value) is type(default), _KINDS[type(default)])
-
-
-_KINDS = {
-  int: "a whole number such as 4",
-  float: "a number such as 0.1",
-  str: "a string",
-}
-
-
-def _require(name: str, value, condition, legal: str):
-  if not condition:
-    raise ValueError(f"{name} is {value!r}; it must be {legal}")
-
-
-def _choose(name: str, value: str, choices: tuple[str, ...]):
-  _require(name, value, value in choices, f"one of {', '.join(choices)}")
+    distances = self.needle_distances
+    if not distances or not all(low <= d <= high for d in distances):
+      checked.refuse(
+        "needle_distances",
+        distances,
+        f"numbers in {low}..{high} (needle_digits + 1 .. window -"
+        " needle_digits)",
+      )

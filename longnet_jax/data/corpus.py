@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.data import cache, tokenizers
 from longnet_jax.data import config as config_lib
 from longnet_jax.data import documents as documents_lib
@@ -47,7 +48,7 @@ def open_corpus(
         position += 1 + len(tokens)
       file.write(dtype.type(tokenizer.separator_id).tobytes())
     if not starts:
-      raise ValueError(
+      raise checked.RefusedError(
         f"split {split!r} of {documents.name} is empty; choose a larger "
         f"{split}_fraction or more documents"
       )

@@ -6,6 +6,7 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
+from longnet_jax import checked
 from longnet_jax.data import cache, source_code
 from longnet_jax.data import config as config_lib
 
@@ -34,7 +35,7 @@ class Documents:
     own = set(self._builder.info.splits)
     if split not in own and not self._carved.get(split):
       legal = [s for s in config_lib.SPLITS if s in own or self._carved.get(s)]
-      raise ValueError(
+      raise checked.RefusedError(
         f"{self.name} has no split {split!r}, and {split}_fraction is 0; it "
         f"has {', '.join(legal)}"
       )
@@ -63,9 +64,9 @@ class Documents:
       if isinstance(feature, tfds.features.Text)
     ]
     if self._feature not in texts:
-      raise ValueError(
-        f"text_feature is {self._feature!r}; the text features of {dataset} "
-        f"are: {', '.join(texts) or 'none'}"
+      raise checked.RefusedError(
+        f"text_feature is {checked.shown(self._feature)}; the text features "
+        f"of {dataset} are: {', '.join(texts) or 'none'}"
       )
 
 
@@ -87,9 +88,9 @@ def prepared(data_dir: str) -> dict[str, pathlib.Path]:
 def _carved(config: config_lib.DataConfig, own: set[str]) -> dict[str, float]:
   """Held-out split -> its share of "train", for those that are not stored."""
   if "train" not in own:
-    raise ValueError(
-      f"dataset {config.dataset!r} has splits {', '.join(sorted(own))}; it "
-      "must have one named train"
+    raise checked.RefusedError(
+      f"dataset {checked.shown(config.dataset)} has splits "
+      f"{', '.join(sorted(own))}; it must have one named train"
     )
   shares = {
     "validation": config.validation_fraction,
@@ -110,9 +111,9 @@ def _find(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
   if len({name.split(":")[0] for name in named}) != 1:
     some = sorted(named or found)
     listed = ", ".join(some[:20]) + (", ..." if len(some) > 20 else "")
-    raise ValueError(
-      f"dataset is {config.dataset!r}; it must be source_code, needle or a "
-      f"tfds dataset prepared in {data_dir!r}, which holds: "
+    raise checked.RefusedError(
+      f"dataset is {checked.shown(config.dataset)}; it must be source_code, "
+      f"needle or a tfds dataset prepared in {data_dir!r}, which holds: "
       f"{listed or 'none'}. Prepare one with tfds.builder(NAME, "
       "data_dir=..., file_format='array_record').download_and_prepare()"
     )
@@ -120,8 +121,8 @@ def _find(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
   builder = tfds.builder_from_directory(path)
   file_format = builder.info.file_format.value
   if file_format != "array_record":
-    raise ValueError(
-      f"dataset {config.dataset!r} at {str(path)!r} is stored as "
+    raise checked.RefusedError(
+      f"dataset {checked.shown(config.dataset)} at {str(path)!r} is stored as "
       f"{file_format}; prepare it again with file_format='array_record'"
     )
   return builder

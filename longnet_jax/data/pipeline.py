@@ -21,6 +21,7 @@ from typing import Protocol
 import grain
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.data import config as config_lib
 from longnet_jax.data import corpus, needle, tokenizers, windows
 
@@ -73,9 +74,7 @@ def make_source(
 ) -> Source:
   """The windows of a split: "train", "validation" or "test"."""
   if split not in config_lib.SPLITS:
-    raise ValueError(
-      f"split is {split!r}; it must be one of {', '.join(config_lib.SPLITS)}"
-    )
+    checked.refuse("split", split, f"one of {', '.join(config_lib.SPLITS)}")
   if config.dataset == "needle":
     return needle.Needle(config, split)
   return windows.Windows(

@@ -14,7 +14,7 @@ import sysconfig
 
 import tensorflow_datasets as tfds
 
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.data import cache
 from longnet_jax.data import config as config_lib
 
@@ -115,13 +115,15 @@ def scan(
   """
   root = storage.path(folder)
   if not storage.is_dir(root):
-    raise ValueError(f"folder is {folder!r}; it must be an existing folder")
+    raise checked.RefusedError(
+      f"folder is {folder!r}; it must be an existing folder"
+    )
   files = []
   for path in _walk(root, include, exclude):
     content = storage.read(path)
     name = path.relative_to(root).as_posix()
     if b"\0" in content:
-      raise ValueError(
+      raise checked.RefusedError(
         f"{name!r} in folder {folder!r} is a binary file (zero byte at "
         f"{content.index(0)}); add {path.name!r} to exclude, or narrow include"
       )
@@ -129,7 +131,7 @@ def scan(
       blank = not content.strip()
       files.append(SourceFile(name, _digest(content), blank))
   if not files:
-    raise ValueError(
+    raise checked.RefusedError(
       f"folder {folder!r} holds no file that is not empty and matches include "
       f"{tuple(include)}; choose another folder or pattern, such as ('*.c',)"
     )
@@ -165,7 +167,7 @@ def split_documents(
   splits |= {"validation": []} if validation_fraction else {}
   splits |= {"test": []} if test_fraction else {}
   if len(groups) < len(splits):
-    raise ValueError(
+    raise checked.RefusedError(
       f"the folder makes {len(groups)} different document(s), fewer than the "
       f"{len(splits)} splits ({', '.join(splits)}); add files, choose level "
       "'file', or set validation_fraction or test_fraction to 0"
@@ -259,7 +261,9 @@ def _walk(
 def _read(folder: storage.Path, file: SourceFile) -> bytes:
   content = storage.read(folder / file.path)
   if _digest(content) != file.digest:
-    raise ValueError(f"{os.fspath(folder / file.path)!r} changed while read")
+    raise checked.RefusedError(
+      f"{os.fspath(folder / file.path)!r} changed while read"
+    )
   return content
 
 

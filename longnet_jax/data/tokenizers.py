@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
-from longnet_jax import storage
+from longnet_jax import checked, storage
 
 
 class Tokenizer(Protocol):
@@ -118,7 +118,7 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> BpeTokenizer:
   pieces = (piece for document in documents for piece in _pieces(document))
   model.train_from_iterator((p.decode("latin-1") for p in pieces), trainer)
   if model.get_vocab_size() != vocab_size - 1:
-    raise ValueError(
+    raise checked.RefusedError(
       f"bpe_vocab_size is {vocab_size}, but the training split has merges for "
       f"{model.get_vocab_size() + 1} ids only; choose that or less"
     )
@@ -133,12 +133,12 @@ def load(path: str | os.PathLike) -> Tokenizer:
       return ByteTokenizer()
     return BpeTokenizer(tokenizers.Tokenizer.from_str(stored["model"]))
   except OSError as error:
-    raise ValueError(
+    raise checked.RefusedError(
       f"no tokenizer at {str(path)!r}; put the tokenizer.json of the model "
       "there (experiments.import_weights does with --tokenizer=FILE)"
     ) from error
   except Exception as error:  # the library raises bare Exception on bad text
-    raise ValueError(
+    raise checked.RefusedError(
       f"{str(path)!r} is not a tokenizer file; it must be one that a "
       "tokenizer's save() wrote"
     ) from error
@@ -170,7 +170,7 @@ def _checked(ids: Sequence[int], vocab_size: int) -> np.ndarray:
   ids = np.asarray(ids, np.int64).reshape(-1)
   wrong = ids[(ids < 0) | (ids >= vocab_size)]
   if wrong.size:
-    raise ValueError(f"id {wrong[0]} is not in 0..{vocab_size - 1}")
+    raise checked.RefusedError(f"id {wrong[0]} is not in 0..{vocab_size - 1}")
   return ids
 
 

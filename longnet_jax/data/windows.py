@@ -5,6 +5,7 @@ import hashlib
 import grain
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.data import corpus as corpus_lib
 
 
@@ -89,7 +90,7 @@ def row_numbers(
 ) -> range:
   """Numbers of a host's rows of batch `step` in the endless sequence."""
   if batch_size % host_count:
-    raise ValueError(
+    raise checked.RefusedError(
       f"batch_size is {batch_size}; it must be a multiple of the "
       f"{host_count} hosts"
     )
@@ -114,7 +115,7 @@ def _places(starts: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
 
 def _check_longest(longest: int, window: int):
   if longest < window:
-    raise ValueError(
+    raise checked.RefusedError(
       f"window is {window}, but the longest document of the split has "
       f"{longest} tokens; choose a window of at most {longest}, or layout "
       "'packed'"

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from longnet_jax import pattern
+from longnet_jax import checked, pattern
 from longnet_jax.models import config as config_lib
 
 
@@ -96,7 +96,7 @@ def make_cache(
     bounded = config.attention != "dilated"
     max_length = min(config.max_positions, limit) if bounded else limit
   if not 1 <= max_length <= limit:
-    raise ValueError(
+    raise checked.RefusedError(
       f"max_length is {max_length}; position={config.position!r} of this model"
       f" numbers 1 to {limit} positions"
     )

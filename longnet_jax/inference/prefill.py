@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.inference import cache as cache_lib
 from longnet_jax.inference import decode, rows
 from longnet_jax.models import attention, transformer
@@ -62,20 +63,20 @@ def prefill(
   """
   tokens = np.asarray(tokens)
   if tokens.ndim != 2 or not tokens.size:
-    raise ValueError(
+    raise checked.RefusedError(
       f"tokens have shape {tokens.shape}; it must be (B, T), both at least 1"
     )
   lowest, highest = tokens.min(), tokens.max()
   if (
     tokens.dtype.kind not in "iu" or lowest < 0 or highest >= config.vocab_size
   ):
-    raise ValueError(
+    raise checked.RefusedError(
       f"tokens are {tokens.dtype} from {lowest} to {highest}; they must be ints"
       f" from 0 to {config.vocab_size - 1}"
     )
   batch, length = tokens.shape
   if chunk < 1:
-    raise ValueError(f"chunk is {chunk}; it must be at least 1")
+    raise checked.RefusedError(f"chunk is {chunk}; it must be at least 1")
   lengths = _checked_lengths(lengths, batch, length)
   if max_length is None and config.attention != "dilated":
     max_length = max(config.max_positions, length)
@@ -84,7 +85,7 @@ def prefill(
   )
   room = jax.eval_shape(make_cache).max_length
   if length > room:
-    raise ValueError(
+    raise checked.RefusedError(
       f"a prompt of {length} tokens is longer than the {room} positions there"
       " is room for; shorten it"
     )
@@ -98,11 +99,11 @@ def _checked_lengths(lengths, batch, length):
     return np.full(batch, length, np.int32)
   lengths = np.asarray(lengths, np.int32)
   if lengths.shape != (batch,):
-    raise ValueError(
+    raise checked.RefusedError(
       f"lengths have shape {lengths.shape}; tokens hold {batch} prompts"
     )
   if lengths.min() < 1 or lengths.max() > length:
-    raise ValueError(
+    raise checked.RefusedError(
       f"lengths are {lengths.tolist()}; each must be 1 to {length}, the length"
       " of tokens"
     )

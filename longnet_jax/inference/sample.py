@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.inference import decode, prefill
 from longnet_jax.models import config as config_lib
 from longnet_jax.parallel import sharding
@@ -112,13 +113,15 @@ def _draw(logits, position, *, seed, temperature, top_k, top_p):
 def _check_prompts(config, prompts):
   """Returns the lengths of the prompts."""
   if not len(prompts):
-    raise ValueError("prompts is empty; give at least one prompt")
+    raise checked.RefusedError("prompts is empty; give at least one prompt")
   for i, prompt in enumerate(prompts):
     if not len(prompt):
-      raise ValueError(f"prompt {i} is empty; begin it with the separator")
+      raise checked.RefusedError(
+        f"prompt {i} is empty; begin it with the separator"
+      )
     lowest, highest = np.min(prompt), np.max(prompt)
     if lowest < 0 or highest >= config.vocab_size:
-      raise ValueError(
+      raise checked.RefusedError(
         f"prompt {i} has ids from {lowest} to {highest}; the vocabulary is 0 to"
         f" {config.vocab_size - 1}"
       )
@@ -130,12 +133,12 @@ def _check_room(config, longest, max_new_tokens):
   limit = config.position_limit
   numbers = f"position={config.position!r} of this model numbers {limit}"
   if longest > limit:
-    raise ValueError(
+    raise checked.RefusedError(
       f"the longest prompt has {longest} tokens; {numbers}: shorten it"
     )
   needed = longest + max_new_tokens - 1
   if needed > limit:
-    raise ValueError(
+    raise checked.RefusedError(
       f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} need"
       f" {needed} positions; {numbers}: use max_new_tokens of at most"
       f" {limit - longest + 1}"
@@ -145,16 +148,20 @@ def _check_room(config, longest, max_new_tokens):
 
 def _check_settings(config, max_new_tokens, temperature, top_k, top_p, seed):
   if max_new_tokens < 1:
-    raise ValueError(
+    raise checked.RefusedError(
       f"max_new_tokens is {max_new_tokens}; it must be at least 1"
     )
   if not 0 <= temperature < np.inf:
-    raise ValueError(
+    raise checked.RefusedError(
       f"temperature is {temperature}; use 0 for the likeliest token or more"
     )
   if not 0 <= seed < 2**31:
-    raise ValueError(f"seed is {seed}; use 0 to {2**31 - 1}")
+    raise checked.RefusedError(f"seed is {seed}; use 0 to {2**31 - 1}")
   if top_k is not None and not 1 <= top_k <= config.vocab_size:
-    raise ValueError(f"top_k is {top_k}; use 1 to {config.vocab_size}")
+    raise checked.RefusedError(
+      f"top_k is {top_k}; use 1 to {config.vocab_size}"
+    )
   if not 0 < top_p <= 1:
-    raise ValueError(f"top_p is {top_p}; use more than 0 and at most 1")
+    raise checked.RefusedError(
+      f"top_p is {top_p}; use more than 0 and at most 1"
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.interop import keywords, tensors, torchscale
 from longnet_jax.interop.tensors import State, Tensor
 from longnet_jax.models import slide_encoder
@@ -84,10 +85,10 @@ def infer_config(
     "in_chans": channels,
     "mlp_ratio": hidden / width,
   }
-  keywords.check_known(config, [*found, *_DEFAULTS])
+  checked.check_keys(config, [*found, *_DEFAULTS])
   keywords.check_sizes(config, found)
   if "heads" not in config and (depth, width) not in RELEASED:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{depth} layers of width {width} are no released slide encoder, and"
       " tensors do not tell the number of heads; give config={'heads': ...}"
     )
@@ -125,9 +126,9 @@ def released_segment_lengths(
   sizes = {"tile_size": tile_size, "max_wsi_size": max_wsi_size}
   for name, size in sizes.items():
     if type(size) is not int or size < tile_size or size < 1:
-      raise ValueError(
+      raise checked.RefusedError(
         f"{name} must be pixels, such as {_DEFAULTS[name]}, and max_wsi_size"
-        f" at least tile_size; got {size!r}"
+        f" at least tile_size; got {checked.shown(size)}"
       )
   longest = int(math.log2((max_wsi_size // tile_size) ** 2))
   exponents = np.linspace(10, longest, len(_DILATION_RATES))

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.interop.tensors import State
 from longnet_jax.models import longvit, slide_encoder, transformer
 
@@ -31,13 +32,15 @@ def read(
     try:
       arrays = dict(np.load(file, allow_pickle=False))
     except Exception as error:  # what is damaged can raise anything
-      raise ValueError(f"{path} is no .npz file of plain arrays") from error
+      raise checked.RefusedError(
+        f"{path} is no .npz file of plain arrays"
+      ) from error
   config = None
   if "config" in arrays:
     try:
       config = dict(json.loads(str(arrays.pop("config"))))
     except (TypeError, ValueError, RecursionError) as error:
-      raise ValueError(
+      raise checked.RefusedError(
         f"config in {path} must be a dictionary as JSON: {error}"
       ) from error
   prefixed = {k: v for k, v in arrays.items() if k.startswith(_PREFIX)}
@@ -62,23 +65,29 @@ def compare(
   functions, inputs = _functions(config)
   missing = [name for name in inputs if name not in golden]
   if missing:
-    raise ValueError(f"the goldens have no {' and no '.join(missing)}")
+    raise checked.RefusedError(
+      f"the goldens have no {' and no '.join(missing)}"
+    )
   outputs = [name for name in functions if name in golden]
   if not outputs:
-    raise ValueError(f"the goldens have none of {', '.join(functions)}")
+    raise checked.RefusedError(
+      f"the goldens have none of {', '.join(functions)}"
+    )
   arguments = [_narrow(golden[name]) for name in inputs]
   errors = {}
   for name in outputs:
     found = jax.jit(functions[name])({"params": params}, *arguments)
     expected = golden[name]
     if found.shape != expected.shape:
-      raise ValueError(
+      raise checked.RefusedError(
         f"{name} has shape {expected.shape} in the goldens, {found.shape} here"
       )
     difference = np.abs(np.asarray(found, np.float32) - expected).max()
     largest = np.abs(expected).max()
     if not 0 < largest < np.inf:
-      raise ValueError(f"{name} in the goldens has nothing but zeros, or NaN")
+      raise checked.RefusedError(
+        f"{name} in the goldens has nothing but zeros, or NaN"
+      )
     errors[name] = float(difference / largest)
   return errors
 
@@ -109,5 +118,7 @@ def _narrow(array):
   """JAX has no 64-bit numbers unless asked to."""
   kinds = {"i": np.int32, "u": np.int32, "f": np.float32}
   if array.dtype.kind not in kinds:
-    raise ValueError(f"the goldens have an input of type {array.dtype}")
+    raise checked.RefusedError(
+      f"the goldens have an input of type {array.dtype}"
+    )
   return array.astype(kinds[array.dtype.kind])

@@ -1,13 +1,12 @@
 """torchscale's keyword dictionaries as LongNetConfigs, both ways."""
 
-from collections.abc import Iterable, Mapping
-import difflib
+from collections.abc import Mapping
 import json
 from typing import Any
 
 import numpy as np
 
-from longnet_jax import pattern
+from longnet_jax import checked, pattern
 from longnet_jax.models import config as model_config
 
 # torchscale's names and defaults of what a LongNetConfig says as well. "*" is
@@ -152,7 +151,7 @@ def is_decoder(config: Mapping[str, Any]) -> bool:
     if any(key.startswith(f"{side}_") for key in config)
   }
   if len(sides) != 1:
-    raise ValueError(
+    raise checked.RefusedError(
       "config must have either decoder_* or encoder_* keys, such as"
       f" decoder_layers; it has {', '.join(sorted(config)) or 'none'}"
     )
@@ -168,32 +167,17 @@ def parse_ints(name: str, text: Any) -> tuple[int, ...]:
     if not all(type(value) is int for value in values):
       raise TypeError
   except (TypeError, ValueError, RecursionError):
-    raise ValueError(
-      f"{name} is {_shown(text)}; it must be integers such as '[2048, 4096]'"
-    ) from None
+    checked.refuse(name, text, "integers such as '[2048, 4096]'")
   return tuple(values)
-
-
-def _shown(value):
-  text = repr(value)
-  return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def check_known(config: Mapping[str, Any], known: Iterable[str]) -> None:
-  """Raises ValueError for a key that is not known, naming the nearest."""
-  for key in config:
-    if key not in known:
-      nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-      raise ValueError(f"config has no key {key!r}; the nearest is {nearest!r}")
 
 
 def check_sizes(config: Mapping[str, Any], found: Mapping[str, Any]) -> None:
   """Raises ValueError where a config contradicts what the tensors tell."""
   for key in config.keys() & found.keys():
     if config[key] != found[key]:
-      raise ValueError(
-        f"{key} is {config[key]!r} in the config and {found[key]!r} in the"
-        " tensors"
+      given, stored = checked.shown(config[key]), checked.shown(found[key])
+      raise checked.RefusedError(
+        f"{key} is {given} in the config and {stored} in the tensors"
       )
 
 
@@ -214,7 +198,9 @@ def check_exportable(
     if not _phases_agree(config):
       problem = f"head_phase={config.head_phase!r}"
   if problem:
-    raise ValueError(f"torchscale has no {problem}: it cannot use this model")
+    raise checked.RefusedError(
+      f"torchscale has no {problem}: it cannot use this model"
+    )
 
 
 def _phases_agree(config):
@@ -237,18 +223,17 @@ def _key(name, side):
 def _check_keys(config, side):
   """Raises ValueError for a key or value that is not computed here."""
   known = [_key(name, side) for name in (*_FIELDS, *_SWITCHES)]
-  check_known(config, [*known, *_FIXED, *_IGNORED])
+  checked.check_keys(config, [*known, *_FIXED, *_IGNORED])
   for name, default in _SWITCHES.items():
     key = _key(name, side)
     # The text "False" would count as true.
     if type(default) is bool and type(config.get(key, default)) is not bool:
-      raise ValueError(f"{key} is {config[key]!r}; it must be True or False")
+      checked.refuse(key, config[key], "True or False")
   if type(config.get("vocab_size", 0)) is not int:
-    raise ValueError(
-      f"vocab_size must be an integer, got {config['vocab_size']!r}"
-    )
+    checked.refuse("vocab_size", config["vocab_size"], "a whole number")
   for key in config.keys() & _FIXED.keys():
     if config[key] != _FIXED[key]:
-      raise ValueError(
-        f"{key} is {config[key]!r}; only {_FIXED[key]!r} is computed here"
+      raise checked.RefusedError(
+        f"{key} is {checked.shown(config[key])}; only {_FIXED[key]!r} is"
+        " computed here"
       )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.interop import keywords, tensors, torchscale
 from longnet_jax.interop.tensors import State, Tensor
 from longnet_jax.models import longvit
@@ -95,10 +96,10 @@ def infer_config(
     "patch_size": patch,
     "num_classes": classes,
   }
-  keywords.check_known(config, [*found, *_DEFAULTS])
+  checked.check_keys(config, [*found, *_DEFAULTS])
   keywords.check_sizes(config, found)
   if "num_heads" not in config and (depth, width) != _RELEASED:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{depth} layers of width {width} are no released LongViT, and tensors"
       " do not tell the number of heads; give config={'num_heads': ...}"
     )
@@ -146,7 +147,7 @@ def _without_prefix(state):
   """Takes away what stands before pos_embed from all names that have it."""
   found = [name for name in state if name.endswith("pos_embed")]
   if len(found) != 1:
-    raise ValueError(
+    raise checked.RefusedError(
       f"a LongViT has one pos_embed, the state has {found or 'none'}"
     )
   prefix = found[0].removesuffix("pos_embed")

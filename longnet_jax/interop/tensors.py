@@ -8,6 +8,8 @@ from flax import traverse_util
 import jax
 import numpy as np
 
+from longnet_jax import checked
+
 State = dict[str, np.ndarray]
 
 
@@ -96,7 +98,9 @@ def export(params: Mapping[str, Any], tensors: Sequence[Tensor]) -> State:
   problems = _listed("missing", paths - flat.keys())
   problems += _listed("unknown", flat.keys() - paths)
   if problems:
-    raise ValueError(f"the parameters do not fit the config: {problems}")
+    raise checked.RefusedError(
+      f"the parameters do not fit the config: {problems}"
+    )
   state = {}
   for tensor in tensors:
     array = np.asarray(flat[tensor.path])
@@ -126,13 +130,13 @@ def count_layers(state: Mapping[str, np.ndarray], prefix: str) -> int:
     and (number := name[len(prefix) :].partition(".")[0]).isdecimal()
   }
   if not numbers:
-    raise ValueError(
+    raise checked.RefusedError(
       f"the state has no tensor {prefix}0...; it begins with"
       f" {', '.join(sorted(state)[:3]) or 'nothing'}"
     )
   gaps = set(range(len(numbers))) - numbers
   if gaps:
-    raise ValueError(
+    raise checked.RefusedError(
       f"the state has {prefix}{max(numbers)} and no {prefix}{min(gaps)}"
     )
   return len(numbers)
@@ -143,10 +147,10 @@ def shape_of(
 ) -> tuple[int, ...]:
   """The shape of a tensor that sizes are read from."""
   if name not in state:
-    raise ValueError(f"the state has no tensor {name}")
+    raise checked.RefusedError(f"the state has no tensor {name}")
   shape = np.shape(state[name])
   if len(shape) != rank or 0 in shape:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{name} has shape {shape}; it must have {rank} axes, none of them empty"
     )
   return shape
@@ -161,7 +165,7 @@ def _check(state, tensors, shapes):
   """Raises ValueError unless state and parameters cover each other."""
   paths = {tensor.path for tensor in tensors}
   if paths != shapes.keys():
-    raise ValueError(
+    raise checked.RefusedError(
       f"the table of tensors differs in {sorted(paths ^ shapes.keys())}"
     )
   expected = {}
@@ -182,7 +186,7 @@ def _check(state, tensors, shapes):
   problems += _listed("not used", state.keys() - expected.keys())
   problems += _listed("of another shape", wrong)
   if problems:
-    raise ValueError(f"the state does not fit the config: {problems}")
+    raise checked.RefusedError(f"the state does not fit the config: {problems}")
 
 
 def _listed(what, names):
@@ -193,5 +197,7 @@ def _listed(what, names):
 def _float32(state, name):
   array = np.asarray(state[name])
   if array.dtype.kind not in "fV":  # V: bfloat16 is a type of its own
-    raise ValueError(f"{name} has type {array.dtype}; it must be a float type")
+    raise checked.RefusedError(
+      f"{name} has type {array.dtype}; it must be a float type"
+    )
   return array.astype(np.float32)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.interop import keywords, tensors
 from longnet_jax.interop.tensors import State, Tensor
 from longnet_jax.models import config as model_config
@@ -110,14 +111,18 @@ def _without_copies(state, config):
   kept = {name: x for name, x in state.items() if not _XPOS.fullmatch(name)}
   for name in state.keys() - kept.keys():
     if config.position != "xpos":
-      raise ValueError(f"the state has {name}, but xpos_rel_pos is False")
+      raise checked.RefusedError(
+        f"the state has {name}, but xpos_rel_pos is False"
+      )
     scale, found = _xpos_scale(config), np.asarray(state[name])
     if found.shape != scale.shape or not np.allclose(found, scale, rtol=1e-5):
-      raise ValueError(f"{name} is not the scale of xPos for this head width")
+      raise checked.RefusedError(
+        f"{name} is not the scale of xPos for this head width"
+      )
   output, embedding = "output_projection.weight", "embed_tokens.weight"
   if config.tie_embeddings and output in kept and embedding in kept:
     if not np.array_equal(kept[output], kept[embedding]):
-      raise ValueError(
+      raise checked.RefusedError(
         f"{output} differs from {embedding}; for an untied model set"
         " share_decoder_input_output_embed to False"
       )

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
+from longnet_jax import checked
 from longnet_jax.interop import pickles
 
 _TYPES = {
@@ -61,11 +62,9 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
   except Exception as error:  # the library's own error derives from Exception
     if isinstance(error, OSError):
       raise
-    raise ValueError(f"{path} is no safetensors file: {error}") from error
-
-
-class _RefusedError(ValueError):
-  """A file that is not read, and why."""
+    raise checked.RefusedError(
+      f"{path} is no safetensors file: {error}"
+    ) from error
 
 
 class _StorageType(pickles.Opaque):
@@ -91,16 +90,16 @@ def _load(file, path):
   try:
     with zipfile.ZipFile(file) as archive:
       return _Archive(archive, path).load()
-  except _RefusedError:
+  except checked.RefusedError:
     raise
   except zipfile.BadZipFile as error:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{path} is no zip archive, or a part of one; if PyTorch loads it, write"
       " it again with torch.save of version 1.6 or later"
     ) from error
   except Exception as error:  # what is damaged can raise anything
     reason = str(error)[:300] or type(error).__name__
-    raise ValueError(f"{path} is damaged: {reason}") from error
+    raise checked.RefusedError(f"{path} is damaged: {reason}") from error
 
 
 class _Archive:
@@ -111,13 +110,13 @@ class _Archive:
     self._path = path
     found = [n for n in archive.namelist() if n.endswith("/data.pkl")]
     if len(found) != 1:
-      raise _RefusedError(
+      raise checked.RefusedError(
         f"{path} has {len(found) or 'no'} data.pkl: it is no file of torch.save"
       )
     # Entries that overlap would make a small file a large one.
     stored = sum(entry.compress_size for entry in archive.infolist())
     if stored > path.stat().st_size:
-      raise _RefusedError(f"{path} is damaged: its entries overlap")
+      raise checked.RefusedError(f"{path} is damaged: its entries overlap")
     self._pickle = found[0]
     self._folder = self._pickle.removesuffix("data.pkl")
     self._storages: dict[str, np.ndarray] = {}
@@ -126,7 +125,7 @@ class _Archive:
     """Returns what the pickle describes, with _Tensors inside."""
     order = self._folder + "byteorder"
     if order in self._archive.namelist() and self._read(order) != b"little":
-      raise _RefusedError(
+      raise checked.RefusedError(
         f"{self._path} was written on a big-endian machine; load it there and"
         " write it as .safetensors"
       )
@@ -135,7 +134,7 @@ class _Archive:
         self._read(self._pickle), _known_names(), self._storage
       )
     except pickles.RefusedNameError as error:
-      raise _RefusedError(
+      raise checked.RefusedError(
         f"{self._path} is refused: its pickle names {error}, which is no"
         " tensor; nothing was executed. If you trust the file, load it in"
         " PyTorch and write its state dict alone with torch.save"
@@ -164,11 +163,11 @@ class _Archive:
     entry = self._archive.getinfo(name)
     # torch stores without compression, so sizes are honest.
     if entry.compress_type != zipfile.ZIP_STORED:
-      raise _RefusedError(f"{self._path} has a compressed entry {name}")
+      raise checked.RefusedError(f"{self._path} has a compressed entry {name}")
     try:
       return self._archive.read(entry)
     except zipfile.BadZipFile as error:
-      raise _RefusedError(f"{self._path} is damaged: {error}") from error
+      raise checked.RefusedError(f"{self._path} is damaged: {error}") from error
 
 
 @functools.cache
@@ -226,15 +225,21 @@ def _find_state(content, key, path):
   """Returns the dictionary of arrays in what a file holds."""
   if key is not None:
     if not isinstance(content, dict) or key not in content:
-      raise ValueError(f"{path} has no key {key!r}; {_described(content)}")
+      raise checked.RefusedError(
+        f"{path} has no key {key!r}; {_described(content)}"
+      )
     content = dict.get(content, key)
   elif isinstance(content, dict) and not _is_state(content):
     found = [k for k in _STATE_KEYS if _is_state(dict.get(content, k))]
     if not found:
-      raise ValueError(f"{path} holds no state dict; {_described(content)}")
+      raise checked.RefusedError(
+        f"{path} holds no state dict; {_described(content)}"
+      )
     content = dict.get(content, found[0])
   if not _is_state(content):
-    raise ValueError(f"{path} holds no state dict; {_described(content)}")
+    raise checked.RefusedError(
+      f"{path} holds no state dict; {_described(content)}"
+    )
   return {k: pickles.reveal(x, _Tensor) for k, x in dict.items(content)}
 
 

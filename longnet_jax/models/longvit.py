@@ -5,11 +5,13 @@ Source: Wang et al., "When an Image is Worth 1,024 x 1,024 Words", arXiv
 """
 
 import dataclasses
+from typing import Literal
 
 from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from longnet_jax import checked
 from longnet_jax.models import attention, layers, transformer
 from longnet_jax.models import config as config_lib
 
@@ -26,33 +28,22 @@ class LongViTConfig(config_lib.LongNetConfig):
     num_classes: outputs of the classifier over the mean patch; 0 for none.
   """
 
-  vocab_size: int = 0
-  position: str = "none"
-  image_size: int = 1024
-  patch_size: int = 32
-  channels: int = 3
+  vocab_size: Literal[0] = 0
+  position: Literal["none"] = "none"
+  image_size: checked.Count = 1024
+  patch_size: checked.Count = 32
+  channels: checked.Count = 3
   encoder_norm: bool = False
-  num_classes: int = 0
+  num_classes: checked.CountOrZero = 0
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ("image_size", "patch_size", "channels"):
-      value = getattr(self, name)
-      if value <= 0:
-        raise ValueError(f"{name} must be positive, got {value}")
     if self.image_size % self.patch_size:
-      raise ValueError(
-        f"patch_size must divide image_size={self.image_size}, got"
-        f" {self.patch_size}"
+      checked.refuse(
+        "patch_size",
+        self.patch_size,
+        f"a divisor of image_size={self.image_size}",
       )
-    if self.num_classes < 0:
-      raise ValueError(f"num_classes must be 0 or more, got {self.num_classes}")
-    for name, legal in (("vocab_size", 0), ("position", "none")):
-      value = getattr(self, name)
-      if value != legal:
-        raise ValueError(
-          f"{name} of an image encoder must be {legal!r}, got {value!r}"
-        )
 
   @property
   def num_patches(self) -> int:

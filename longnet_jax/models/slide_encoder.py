@@ -5,12 +5,14 @@ map of tile embeddings, positions from coordinates, a class token, LongNet.
 """
 
 import dataclasses
+from typing import Literal
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Real
 
+from longnet_jax import checked
 from longnet_jax.models import attention, layers, transformer
 from longnet_jax.models import config as config_lib
 from longnet_jax.ops import rotary, zero_keys
@@ -30,33 +32,21 @@ class SlideEncoderConfig(config_lib.LongNetConfig):
     final_epsilon: of the last LayerNorm; the others have layernorm_epsilon.
   """
 
-  vocab_size: int = 0
-  position: str = "none"
-  tile_dim: int = 1536
-  tile_size: int = 256
-  grid_size: int = 1000
-  final_epsilon: float = 1e-6
+  vocab_size: Literal[0] = 0
+  position: Literal["none"] = "none"
+  norm_position: Literal["pre"] = "pre"
+  tile_dim: checked.Count = 1536
+  tile_size: checked.Count = 256
+  grid_size: checked.Count = 1000
+  final_epsilon: checked.Epsilon = 1e-6
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ("tile_dim", "tile_size", "grid_size", "final_epsilon"):
-      value = getattr(self, name)
-      if value <= 0:
-        raise ValueError(f"{name} must be positive, got {value}")
-    for name, legal in (
-      ("vocab_size", 0),
-      ("position", "none"),
-      ("norm_position", "pre"),
-    ):
-      value = getattr(self, name)
-      if value != legal:
-        raise ValueError(
-          f"{name} of a slide encoder must be {legal!r}, got {value!r}"
-        )
     if self.model_dim % 4:
-      raise ValueError(
-        "model_dim of a slide encoder holds sines and cosines of two"
-        f" coordinates and must be a multiple of 4, got {self.model_dim}"
+      checked.refuse(
+        "model_dim",
+        self.model_dim,
+        "a multiple of 4, for sines and cosines of two coordinates",
       )
 
 
@@ -109,7 +99,9 @@ class SlideEncoder(nn.Module):
         block's output pool to, (L + 1, B, D), the final LayerNorm applied.
     """
     if pool not in POOLS:
-      raise ValueError(f"pool is {pool!r}; use one of {', '.join(POOLS)}")
+      raise checked.RefusedError(
+        f"pool is {checked.shown(pool)}; use one of {', '.join(POOLS)}"
+      )
     mask = _real_tiles(num_tiles, tiles.shape[1])
     pooled = lambda x: self._pool(x, mask, pool)
     x = self._embed(tiles, coords, deterministic)
@@ -225,7 +217,7 @@ def _make_core(config):
         **options,
       )
     if not config.mixing_gradient:
-      raise ValueError(
+      raise checked.RefusedError(
         "mixing_gradient=False is not available for padded slides with"
         " padding='zeros'; use mixing_gradient=True or slides of one size"
       )

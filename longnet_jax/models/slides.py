@@ -14,6 +14,7 @@ import warnings
 import jax
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.models import slide_encoder
 
 # Programs that rescale coordinates commonly map them to this range.
@@ -56,16 +57,16 @@ def check_slide(
   for what, array in (("tiles", tiles), ("coords", coords)):
     bad = np.flatnonzero(~np.isfinite(array).all(1))
     if bad.size:
-      raise ValueError(
+      raise checked.RefusedError(
         f"{name}: {what} of {bad.size} tiles have NaN or infinity, the first"
         f" in row {bad[0]}; leave these tiles out"
       )
   if coords.min() < 0:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{name}: coords go down to {coords.min():g}; level-0 pixels begin at 0"
     )
   if coords.max() > _FARTHEST:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{name}: coords reach {coords.max():g}; level-0 pixels end before"
       f" {_FARTHEST:g}"
     )
@@ -111,7 +112,9 @@ def pad_slides(
   counts = [len(slide.tiles) for slide in slides]
   length = max(counts) if length is None else length
   if max(counts) > length:
-    raise ValueError(f"a slide has {max(counts)} tiles, more than {length}")
+    raise checked.RefusedError(
+      f"a slide has {max(counts)} tiles, more than {length}"
+    )
 
   def pad(array, dtype):
     missing = ((0, length - len(array)), (0, 0))
@@ -140,34 +143,38 @@ def _jitted(config, pool):
 
 def _check_shapes(config, tiles, coords, name):
   if tiles.ndim != 2 or tiles.shape[1] != config.tile_dim:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{name}: tiles have shape {tiles.shape}; this model needs"
       f" (T, {config.tile_dim}), an embedding of {config.tile_dim} numbers each"
     )
   if not len(tiles):
-    raise ValueError(f"{name}: there are no tiles; leave this slide out")
+    raise checked.RefusedError(
+      f"{name}: there are no tiles; leave this slide out"
+    )
   if coords.shape != (len(tiles), 2):
-    raise ValueError(
+    raise checked.RefusedError(
       f"{name}: coords have shape {coords.shape}; {len(tiles)} tiles need"
       f" ({len(tiles)}, 2)"
     )
   for what, array, kinds in (("tiles", tiles, "f"), ("coords", coords, "fiu")):
     if array.dtype.kind not in kinds:
-      raise ValueError(f"{name}: {what} have type {array.dtype}; use float32")
+      raise checked.RefusedError(
+        f"{name}: {what} have type {array.dtype}; use float32"
+      )
 
 
 def _check_scale(config, coords, shared, name):
   advice = "give the upper left corners of the tiles in level-0 pixels"
   inside = coords.max() <= _RESCALED_TO
   if inside and shared:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{name}: coords look rescaled: all lie in [0, {_RESCALED_TO}], where"
       f" {len(coords)} tiles of {config.tile_size} pixels have no room;"
       f" {advice}"
     )
   if (coords != np.floor(coords)).any():
     first = coords[(coords != np.floor(coords)).any(1)][0]
-    raise ValueError(
+    raise checked.RefusedError(
       f"{name}: coords look rescaled: {tuple(first.tolist())} is no whole"
       f" number of pixels; {advice}"
     )
@@ -184,7 +191,7 @@ def _check_duplicates(coords, name):
   )
   if (counts > 1).any():
     where = coords[first[counts > 1].min()]
-    raise ValueError(
+    raise checked.RefusedError(
       f"{name}: {(counts - 1).sum()} duplicate tiles, the first at"
       f" {tuple(where.tolist())}; give each tile once"
     )

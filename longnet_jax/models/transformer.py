@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.models import attention, layers
 from longnet_jax.models import config as config_lib
 from longnet_jax.ops import rotary
@@ -126,7 +127,9 @@ class LongNetLM(nn.Module):
     """Declares the parameters outside and inside the blocks."""
     config = self.config
     if not config.vocab_size:
-      raise ValueError("a language model needs vocab_size of at least 1, got 0")
+      raise checked.RefusedError(
+        "a language model needs vocab_size of at least 1, got 0"
+      )
     self.embedding = _embedding_parameter(self, config)
     self.layers = _block(config, self.attention_fn, is_causal=True)
     if config.norm_position == "pre":
@@ -190,7 +193,7 @@ class LongNetEncoder(nn.Module):
     """Declares the parameters outside and inside the blocks."""
     config = self.config
     if config.position == "xpos":
-      raise ValueError(
+      raise checked.RefusedError(
         "position='xpos' in an encoder: its scale grows without bound towards"
         " later keys; use position='rope' or 'none'"
       )
@@ -318,7 +321,7 @@ def _final_norm(config):
 
 def _count_positions(config, length):
   if length > config.position_limit:
-    raise ValueError(
+    raise checked.RefusedError(
       f"position={config.position!r} with max_positions="
       f"{config.max_positions} numbers {config.position_limit} positions, got"
       f" a sequence of {length}; use position='rope'"

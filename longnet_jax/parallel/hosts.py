@@ -21,6 +21,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 import numpy as np
 
+from longnet_jax import checked
 from longnet_jax.parallel import liveness
 
 # The end of a process that has lost another one.
@@ -83,12 +84,14 @@ def start(
   """
   _check_arguments(coordinator, num_processes, process_id)
   if join_timeout < 1:
-    raise ValueError(
+    raise checked.RefusedError(
       f"join_timeout is {join_timeout}; choose 1 or more seconds"
     )
   if fake_devices is not None:
     if fake_devices < 1:
-      raise ValueError(f"fake_devices is {fake_devices}; choose 1 or more")
+      raise checked.RefusedError(
+        f"fake_devices is {fake_devices}; choose 1 or more"
+      )
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", fake_devices)
   if coordinator is not None:
@@ -147,7 +150,7 @@ def check_equal(values: Mapping[str, str]) -> None:
   for process, row in enumerate(differs):
     names = [n for n, differ in zip(values, row, strict=True) if differ]
     if names:
-      raise ValueError(
+      raise checked.RefusedError(
         f"process {process} and process 0 differ in their {', '.join(names)}; "
         "give every host the same command and the same files"
       )
@@ -209,7 +212,7 @@ def _join(found: dict, coordinator: str | None, timeout: int) -> None:
       f"(--join_timeout); {advice}"
     )
   if errors:
-    raise ValueError(
+    raise checked.RefusedError(
       f"cannot join the other processes at {where}: {_first_line(errors[0])}; "
       f"{advice}"
     ) from errors[0]
@@ -225,7 +228,7 @@ def _check_port(coordinator, process_id, timeout, advice):
       try:
         probe.bind(("", address[1]))
       except OSError as error:
-        raise ValueError(
+        raise checked.RefusedError(
           f"port {port} of {coordinator} cannot be used by process 0 "
           f"({error.strerror}); choose another for all processes"
         ) from error
@@ -252,7 +255,9 @@ def _leave_lost(who: str) -> None:
 
 def _check_arguments(coordinator, num_processes, process_id):
   if num_processes is not None and num_processes < 1:
-    raise ValueError(f"num_processes is {num_processes}; choose 1 or more")
+    raise checked.RefusedError(
+      f"num_processes is {num_processes}; choose 1 or more"
+    )
   if coordinator is None and process_id is None and num_processes in (None, 1):
     return
   given = {
@@ -262,21 +267,21 @@ def _check_arguments(coordinator, num_processes, process_id):
   }
   missing = [f"--{name}" for name, value in given.items() if value is None]
   if missing:
-    raise ValueError(
+    raise checked.RefusedError(
       f"{' and '.join(missing)} not given; --coordinator=HOST:PORT, "
       "--num_processes=N and --process_id=I go together, or leave all out on "
       "a TPU pod, under SLURM and on one machine"
     )
   if not 0 <= process_id < num_processes:
-    raise ValueError(
+    raise checked.RefusedError(
       f"process_id is {process_id}; choose 0 to {num_processes - 1}, as "
       f"num_processes is {num_processes}"
     )
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdigit() or not 0 < int(port) < 65536:
-    raise ValueError(
-      f"coordinator is {coordinator!r}; give the host of process 0 and a free "
-      "port, such as 10.0.0.1:8476"
+    raise checked.RefusedError(
+      f"coordinator is {checked.shown(coordinator)}; give the host of process "
+      "0 and a free port, such as 10.0.0.1:8476"
     )
 
 
@@ -312,7 +317,7 @@ def _slurm_tasks(environment: Mapping[str, str]) -> int:
     return 1
   missing = [name for name in _SLURM if name not in present]
   if missing:
-    raise ValueError(
+    raise checked.RefusedError(
       f"SLURM_NTASKS is {text} and {', '.join(missing)} not set: start with "
       "srun, or give --num_processes=1 to run alone"
     )

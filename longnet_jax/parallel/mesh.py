@@ -3,6 +3,8 @@
 import jax
 from jax.sharding import AxisType
 
+from longnet_jax import checked
+
 AXES = ("data", "seq", "model")
 
 
@@ -18,7 +20,7 @@ def make_mesh(
   shape = (data, seq, model)
   needed = data * seq * model
   if needed > len(devices):
-    raise ValueError(
+    raise checked.RefusedError(
       f"mesh data x seq x model = {data} x {seq} x {model} needs {needed} "
       f"devices and there are {len(devices)}; choose sizes whose product is "
       f"at most {len(devices)}"
@@ -27,7 +29,7 @@ def make_mesh(
     d.process_index for d in devices[:needed]
   }
   if idle:
-    raise ValueError(
+    raise checked.RefusedError(
       f"mesh data x seq x model = {data} x {seq} x {model} leaves process "
       f"{min(idle)} without a device; choose sizes whose product is "
       f"{len(devices)}"

@@ -8,6 +8,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from longnet_jax import checked
+
 # Parameters and moments are split over these axes together: each device keeps
 # a share and gathers a layer's matrices when it needs them.
 _FSDP = ("data", "seq")
@@ -152,19 +154,15 @@ def check_mesh(
     ),
   ):
     size = mesh.shape[axis]
-    legal = _divisors(math.gcd(*numbers.values()))
+    legal = checked.divisors(math.gcd(*numbers.values()))
     for what, number in numbers.items():
       if number % size:
         near = [n for n in legal if n <= size][-3:]
         near += [n for n in legal if n > size][:1]
-        raise ValueError(
+        raise checked.RefusedError(
           f"mesh.{axis} is {size} and must divide the {number} {what}; "
           f"choose {' or '.join(map(str, near))}"
         )
-
-
-def _divisors(number: int) -> list[int]:
-  return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _fit(size: int, axes, mesh):

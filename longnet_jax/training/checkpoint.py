@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.models import config as model_config
 from longnet_jax.models import longvit, slide_encoder
 from longnet_jax.parallel import hosts
@@ -57,7 +57,7 @@ _CAUSES = {
 _PATIENCE = 5
 
 
-class CheckpointError(ValueError):
+class CheckpointError(checked.RefusedError):
   """A checkpoint that cannot be written or read, and what to do."""
 
 

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.parallel import hosts
 
 _BEAT = 5.0  # seconds between two numbers
@@ -43,7 +43,7 @@ def hold(workdir, *, beat: float = _BEAT) -> Iterator[Callable[[], None]]:
         problem = str(error) or type(error).__name__
     problem = hosts.text_of_first(problem)
     if problem:
-      raise ValueError(problem)
+      raise checked.RefusedError(problem)
     yield check
 
 
@@ -58,7 +58,7 @@ def _own(folder, beat):
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise ValueError(_held(folder, _read(path))) from None
+      raise checked.RefusedError(_held(folder, _read(path))) from None
     except OSError as error:
       if error.errno not in _NO_LOCKS:
         raise
@@ -91,13 +91,13 @@ def _counted(path, beat):
 
   def check():
     if lost:
-      raise ValueError(_held(path.parent, lost[0]))
+      raise checked.RefusedError(_held(path.parent, lost[0]))
 
   storage.write_whole(path, json.dumps(me) + "\n")
   time.sleep(beat / 2)  # until another that came at the same time has written
   now = _read(path)
   if now is None or now.get("id") != me["id"]:
-    raise ValueError(_held(path.parent, now))
+    raise checked.RefusedError(_held(path.parent, now))
   thread = threading.Thread(target=count, daemon=True)
   thread.start()
   try:
@@ -118,7 +118,7 @@ def _await_silence(path, beat):
     if now is None:
       return
     if now != before:
-      raise ValueError(_held(path.parent, now))
+      raise checked.RefusedError(_held(path.parent, now))
 
 
 def _me() -> dict:

@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import sys
 
 import jax
 import numpy as np
 
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.data import pipeline
 from longnet_jax.parallel import hosts, sharding
 from longnet_jax.training import checkpoint, curves, lease, stopping
@@ -105,7 +106,7 @@ def restore_or_init(
   With `fallback` checkpoints that cannot be read are set aside, if one can.
   """
   if fallback and jax.process_count() > 1:
-    raise ValueError(
+    raise checked.RefusedError(
       "--fallback is for one process, as only some of several may fail to read "
       "a checkpoint; move the damaged folder out of the workdir instead"
     )
@@ -131,7 +132,7 @@ def _restore(run, checkpoints, step) -> state_lib.TrainState:
   recorded = checkpoints.restore_json(step, "data")
   for name, value in run.fingerprints.items():
     if recorded[name] != value:
-      raise ValueError(
+      raise checked.RefusedError(
         f"the {name} of this run was {recorded[name]} at step {step} and is "
         f"now {value}; bring back the files it was made from or choose "
         "another --workdir"
@@ -153,7 +154,9 @@ def run_steps(run, state, start, writer, save, stop) -> state_lib.TrainState:
       report.hold(step, metrics)
       validation = None
       if step % training.eval_every == 0 or step == training.steps:
-        validation = report.flush(lambda p=state.params: evaluate(run, p))
+        validation = report.flush(
+          functools.partial(evaluate, run, state.params)
+        )
       if last or step % training.checkpoint_every == 0:
         report.flush()
         with report.paused():

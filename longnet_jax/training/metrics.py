@@ -8,7 +8,7 @@ import time
 
 import tqdm
 
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.parallel import hosts
 
 # Seconds between two times that a bucket gets the records.
@@ -37,7 +37,7 @@ def read_metrics(workdir) -> list[dict]:
     except UnicodeDecodeError:
       record = None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
-      raise ValueError(
+      raise checked.RefusedError(
         f"line {number} of {path} is no record of a run; remove the line or "
         "restore the file"
       )

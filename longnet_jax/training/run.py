@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.analysis import costs
 from longnet_jax.data import pipeline, tokenizers
 from longnet_jax.models import attention, transformer
@@ -152,7 +152,7 @@ def flops_per_token(run: Run) -> int:
 def _make_source(config, tokenizer, split):
   source = pipeline.make_source(config.data, tokenizer, split)
   if not source.num_windows:
-    raise ValueError(
+    raise checked.RefusedError(
       f"the {split} split of {config.data.dataset} has no window; choose more "
       f"text or a larger data.{split}_fraction"
     )
@@ -161,13 +161,13 @@ def _make_source(config, tokenizer, split):
 
 def _check_sizes(config, tokenizer, mesh):
   if config.model.vocab_size < tokenizer.vocab_size:
-    raise ValueError(
+    raise checked.RefusedError(
       f"model.vocab_size is {config.model.vocab_size} and the "
       f"{config.data.tokenizer} tokenizer has {tokenizer.vocab_size} ids; "
       f"choose {tokenizer.vocab_size} or more"
     )
   if config.data.window > config.model.position_limit:
-    raise ValueError(
+    raise checked.RefusedError(
       f"data.window is {config.data.window} and position="
       f"{config.model.position!r} numbers {config.model.position_limit} "
       "positions; choose a shorter window or model.position='rope'"

@@ -14,7 +14,7 @@ import secrets
 
 import numpy as np
 
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.parallel import hosts
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import run as run_lib
@@ -46,12 +46,12 @@ def read_config(workdir) -> config_lib.ExperimentConfig:
   path = config_path(workdir)
   if not storage.exists(path):
     if storage.is_dir(path.parent / "checkpoints"):
-      raise ValueError(
+      raise checked.RefusedError(
         f"{workdir} holds no language model; read an imported encoder with "
         "longnet_jax.load_checkpoint, one of slides with "
         "experiments.encode_slide"
       )
-    raise ValueError(
+    raise checked.RefusedError(
       f"{workdir} holds no config.json; give the --workdir of a training run"
     )
   return config_lib.build(_load(path))
@@ -74,7 +74,7 @@ def check(workdir, settings: dict) -> None:
   }
   if changed:
     listed = ", ".join(
-      f"{key} was {old!r} and is now {new!r}"
+      f"{key} was {checked.shown(old)} and is now {checked.shown(new)}"
       for key, (old, new) in changed.items()
     )
     advice = "choose another --workdir or the old values"
@@ -83,7 +83,7 @@ def check(workdir, settings: dict) -> None:
       advice += (
         f"; to train on at the final rate: --config.optimizer.decay_steps={old}"
       )
-    raise ValueError(
+    raise checked.RefusedError(
       f"{workdir} belongs to a run with another config: {listed}; {advice}"
     )
 
@@ -118,9 +118,13 @@ def _load(path) -> dict:
   try:
     settings = json.loads(storage.read(path))
   except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error}); {advice}") from error
+    raise checked.RefusedError(
+      f"{path} is not JSON ({error}); {advice}"
+    ) from error
   if not isinstance(settings, dict):
-    raise ValueError(f"{path} does not hold settings by name; {advice}")
+    raise checked.RefusedError(
+      f"{path} does not hold settings by name; {advice}"
+    )
   return settings
 
 
@@ -135,7 +139,7 @@ def _check_shared(folder):
   if hosts.is_first():
     storage.remove(probe)
   if len(blind):
-    raise ValueError(
+    raise checked.RefusedError(
       f"workdir {folder} is another folder on process {blind[0]} than on "
       "process 0; choose one that all hosts share, such as a network disk"
     )
@@ -146,11 +150,13 @@ def _check_writable(folder):
     storage.check_writable(folder)
   except (NotADirectoryError, FileExistsError) as error:
     where = error.filename or folder
-    raise ValueError(f"workdir {where} is a file; choose a folder") from error
+    raise checked.RefusedError(
+      f"workdir {where} is a file; choose a folder"
+    ) from error
   except storage.StorageError:
     raise
   except OSError as error:
-    raise ValueError(
+    raise checked.RefusedError(
       f"cannot write into {folder} ({error.strerror}); choose a --workdir "
       "that can be written and has space"
     ) from error

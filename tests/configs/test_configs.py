@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import pathlib
 
@@ -6,8 +7,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 import pytest
 
-from configs import base
-from longnet_jax.models import attention, transformer
+from configs import base, paper
+from longnet_jax.data import config as data_config
+from longnet_jax.models import attention, sizes, transformer
+from longnet_jax.models import config as model_config
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import run as run_lib
@@ -16,11 +19,13 @@ NAMES = sorted(
   path.stem
   for path in pathlib.Path(base.__file__).parent.glob("*.py")
   if path.stem != "__init__"
-)
+) + [f"paper:{size}" for size in sizes.SIZES]
 
 
 def _settings(name):
-  return importlib.import_module(f"configs.{name}").get_config()
+  """The settings of a file, or of "file:argument"."""
+  name, *argument = name.split(":")
+  return importlib.import_module(f"configs.{name}").get_config(*argument)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,6 +74,29 @@ def test_decay_follows_the_steps_unless_set():
   assert config.training.steps == 10
 
 
+@pytest.mark.parametrize(
+  "cls, group",
+  [
+    (model_config.LongNetConfig, "model"),
+    (data_config.DataConfig, "data"),
+    (config_lib.TrainingConfig, "training"),
+    (config_lib.OptimizerConfig, "optimizer"),
+    (config_lib.MeshConfig, "mesh"),
+  ],
+)
+def test_base_has_the_defaults_of_the_library(cls, group):
+  settings = base.get_config().to_dict()[group]
+  for field in dataclasses.fields(cls):
+    if field.default is not dataclasses.MISSING and field.default != ():
+      assert settings[field.name] == field.default
+    assert f"    {field.name}: " in cls.__doc__
+
+
+def test_an_unknown_size_of_the_paper_names_the_legal_ones():
+  with pytest.raises(ValueError, match="'1B'; it must be one of 125M, 350M"):
+    paper.get_config("1B")
+
+
 def test_the_paper_trains_on_half_a_million_tokens_a_step():
-  config = config_lib.build(base.get_config())
+  config = config_lib.build(paper.get_config())
   assert config.training.batch_size * config.data.window == 2**19

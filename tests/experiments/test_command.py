@@ -15,25 +15,38 @@ from longnet_jax.training import config as config_lib
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-def _error(function):
-  with pytest.raises(ValueError) as caught:
-    function()
-  return caught.value
-
-
-def test_our_refusals_are_told_from_library_errors():
-  assert command.is_refusal(_error(lambda: config_lib.build({"modl": 1})))
-  assert not command.is_refusal(_error(lambda: json.loads("{")))
-
-
-def test_the_system_may_refuse():
-  assert command.is_refusal(FileNotFoundError("x"))
+def _run(monkeypatch, main):
+  """Runs a command's main as absl would, without its flags."""
+  monkeypatch.setattr(command.app, "run", lambda main, **_: main([]))
+  monkeypatch.setattr(command.logging, "set_verbosity", lambda _: None)
+  command.run(main)
 
 
 @pytest.fixture
 def leaving(monkeypatch):
   """Lets a test outlive the end of the process."""
   monkeypatch.setattr(command.hosts.os, "_exit", sys.exit)
+
+
+@pytest.mark.parametrize(
+  "refuse",
+  [
+    lambda _: config_lib.build({"modl": 1}),
+    lambda _: pathlib.Path("/nowhere/x").read_text(),
+  ],
+)
+def test_what_we_or_the_system_refuse_has_no_traceback(
+  leaving, monkeypatch, capsys, refuse
+):
+  with pytest.raises(SystemExit):
+    _run(monkeypatch, refuse)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ")
+
+
+def test_an_error_of_a_library_keeps_its_traceback(monkeypatch):
+  with pytest.raises(json.JSONDecodeError):
+    _run(monkeypatch, lambda _: json.loads("{"))
 
 
 @pytest.mark.parametrize(
@@ -82,9 +95,15 @@ def test_a_key_is_changed(parse):
   "argument, message",
   [
     ("--config.model.num_layers=1.5", "1.5: it must be a whole number"),
+    ("--config.model.num_layers=" + "x" * 99, "x" * 77 + "...: it must be a"),
     ("--config.model.dropout_rate=x", "=x: it must be a number such as 0.1"),
     ("--config.model.deepnorm=maybe", "=maybe: it must be True or False"),
     ("--config.model.num_layer=1", "did you mean config.model.num_layers?"),
+    (
+      f"--config={ROOT}/configs/paper.py:1B",
+      "py:1B: the size is '1B'; it must",
+    ),
+    (f"--config={ROOT}/configs/base.py:x", "get_config() takes 0 positional"),
     ("--config=/nowhere.py", "--config=/nowhere.py: no such file; use one"),
   ],
 )
@@ -94,3 +113,4 @@ def test_flags_that_do_not_parse_are_one_line(parse, capsys, argument, message):
   (line,) = capsys.readouterr().err.splitlines()
   assert caught.value.code == 1
   assert line.startswith("error: ") and message in line
+  assert "Traceback" not in line

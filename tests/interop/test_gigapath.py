@@ -118,7 +118,7 @@ def test_segment_lengths_follow_the_slide_size():
 @pytest.mark.parametrize(
   "change, message",
   [
-    ({"head": 8}, "no key 'head'; the nearest is 'heads'"),
+    ({"head": 8}, "no key head; did you mean heads"),
     ({"depth": 3}, "depth is 3 in the config and 2 in the tensors"),
     ({"depth": "2"}, "depth is '2' in the config and 2 in the tensors"),
     (
@@ -129,7 +129,7 @@ def test_segment_lengths_follow_the_slide_size():
       {"tile_size": 0, "segment_lengths": None},
       "tile_size must be pixels, such as 256",
     ),
-    ({"heads": 7}, "num_heads must divide model_dim=64, got 7"),
+    ({"heads": 7}, "num_heads is 7; it must be a divisor of model_dim=64"),
     ({"dilation_rates": "[1, 2]"}, "dilation_rates has 2 entries"),
   ],
 )

@@ -57,7 +57,7 @@ def test_defaults_are_torchscales():
 @pytest.mark.parametrize(
   "change, message",
   [
-    ({"decoder_layer": 2}, "no key 'decoder_layer'; the nearest is 'decoder_l"),
+    ({"decoder_layer": 2}, "no key decoder_layer; did you mean decoder_layers"),
     ({"activation_fn": "relu"}, "activation_fn is 'relu'; only 'gelu'"),
     ({"moe_freq": 2}, "moe_freq is 2; only 0"),
     ({"layernorm_embedding": True}, "layernorm_embedding is True"),
@@ -70,7 +70,7 @@ def test_defaults_are_torchscales():
     ({"segment_length": "[" * 100_000}, r"is '\[\[\[+\.\.\.; it must be"),
     ({"subln": "False"}, "subln is 'False'; it must be True or False"),
     ({"decoder_normalize_before": None}, "decoder_normalize_before is None"),
-    ({"vocab_size": "ten"}, "vocab_size must be an integer, got 'ten'"),
+    ({"vocab_size": "ten"}, "vocab_size is 'ten'; it must be a whole number"),
     ({"segment_length": "[4]"}, "dilation_rates has 2 entries"),
     ({"encoder_layers": 2}, "either decoder_. or encoder_. keys"),
   ],

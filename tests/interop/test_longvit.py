@@ -114,7 +114,7 @@ def test_released_settings_are_inferred():
 
 
 def test_refuses_by_name():
-  with pytest.raises(ValueError, match="no key 'heads'; the nearest is 'num_h"):
+  with pytest.raises(ValueError, match="no key heads; did you mean num_heads"):
     longvit.convert(_state(), {"heads": 2})
   with pytest.raises(ValueError, match="img_size is 32 in the config and 16"):
     longvit.convert(_state(), _CONFIG | {"img_size": 32})

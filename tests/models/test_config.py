@@ -36,19 +36,19 @@ def _make(**changes):
     ),
     (
       {"segment_lengths": (8, 16.0, 32)},
-      "segment_lengths[1] must be an integer, got 16.0",
+      "segment_lengths[1] is 16.0; it must be a whole number",
     ),
     (
       {"dilation_rates": (1, True, 4)},
-      "dilation_rates[1] must be an integer, got True",
+      "dilation_rates[1] is True; it must be a whole number",
     ),
     (
       {"dilation_rates": (1, 0, 4)},
-      "dilation_rates[1] must be positive, got 0",
+      "dilation_rates[1] is 0; it must be at least 1",
     ),
     (
       {"segment_lengths": 8},
-      "segment_lengths must be a tuple of integers, got 8",
+      "segment_lengths is 8; it must be a tuple such as",
     ),
     (
       {"segment_lengths": (), "dilation_rates": ()},
@@ -56,27 +56,27 @@ def _make(**changes):
     ),
     (
       {"num_heads": 5},
-      "num_heads must divide model_dim=24, got 5; the nearest that does is 4",
+      "num_heads is 5; it must be a divisor of model_dim=24, such as 4",
     ),
     (
       {"num_kv_heads": 3},
-      "num_kv_heads must divide num_heads=4, got 3; the nearest that does is 2",
+      "num_kv_heads is 3; it must be a divisor of num_heads=4, such as 2",
     ),
-    ({"num_layers": 2.0}, "num_layers must be an integer, got 2.0"),
-    ({"num_layers": 0}, "num_layers must be positive, got 0"),
-    ({"num_layers": None}, "num_layers must be an integer, got None"),
-    ({"vocab_size": -1}, "vocab_size must be at least 0, got -1"),
+    ({"num_layers": 2.0}, "num_layers is 2.0; it must be a whole number"),
+    ({"num_layers": 0}, "num_layers is 0; it must be at least 1"),
+    ({"num_layers": None}, "num_layers is None; it must be a whole number"),
+    ({"vocab_size": -1}, "vocab_size is -1; it must be at least 0"),
     (
       {"attention": "flash"},
-      "attention must be one of dilated, dense, sparse; got 'flash'",
+      "attention is 'flash'; it must be one of dilated, dense, sparse",
     ),
     (
       {"position": "alibi"},
-      "position must be one of xpos, rope, none; got 'alibi'",
+      "position is 'alibi'; it must be one of xpos, rope, none",
     ),
     (
       {"dtype": "float16"},
-      "dtype must be one of bfloat16, float32; got 'float16'",
+      "dtype is 'float16'; it must be one of bfloat16, float32",
     ),
     (
       {"position": "xpos", "max_positions": 2**20},
@@ -87,21 +87,27 @@ def _make(**changes):
       {"num_heads": 8},
       "turns pairs and needs an even head width, got model_dim / num_heads = 3",
     ),
-    ({"max_positions": 2**31 + 1, "position": "rope"}, "at most 2^31"),
+    (
+      {"max_positions": 2**31 + 1, "position": "rope"},
+      "it must be at most 2147483648 (positions are int32)",
+    ),
     (
       {"sparse_summary": 9, "sparse_block": 8},
-      "sparse_summary must lie between 0 and sparse_block=8, got 9",
+      "sparse_summary is 9; it must be at most sparse_block=8",
     ),
     (
       {"dropout_rate": 1.0},
-      "dropout_rate must be at least 0 and below 1, got 1.0",
+      "dropout_rate is 1.0; it must be below 1",
     ),
-    ({"dropout_rate": "0"}, "dropout_rate must be a number, got '0'"),
+    (
+      {"dropout_rate": "0"},
+      "dropout_rate is '0'; it must be a number such as 0.1",
+    ),
     ({"deepnorm": True}, "with deepnorm=True use sub_layernorm=False"),
-    ({"tie_embeddings": 1}, "tie_embeddings must be True or False, got 1"),
+    ({"tie_embeddings": 1}, "tie_embeddings is 1; it must be True or False"),
     (
       {"layernorm_epsilon": 0.0},
-      "layernorm_epsilon must be positive, got 0.0",
+      "layernorm_epsilon is 0.0; it must be at least 1e-30",
     ),
   ],
 )
@@ -112,7 +118,7 @@ def test_refuses_in_one_line_that_names_the_value(changes, message):
 
 
 def test_an_unknown_key_names_the_nearest():
-  message = "no key 'num_layer'; the nearest is 'num_layers'"
+  message = "the config has no key num_layer; did you mean num_layers?"
   with pytest.raises(ValueError, match=message):
     config_lib.LongNetConfig.from_dict({"num_layer": 2})
 

@@ -82,10 +82,13 @@ def test_classifies_the_mean_patch():
 @pytest.mark.parametrize(
   "changes, message",
   [
-    ({"patch_size": 5}, "patch_size must divide image_size=12, got 5"),
-    ({"position": "rope"}, "position of an image encoder must be 'none'"),
-    ({"num_classes": -1}, "num_classes must be 0 or more"),
-    ({"channels": 0}, "channels must be positive"),
+    (
+      {"patch_size": 5},
+      "patch_size is 5; it must be a divisor of image_size=12",
+    ),
+    ({"position": "rope"}, "position is 'rope'; it must be none"),
+    ({"num_classes": -1}, "num_classes is -1; it must be at least 0"),
+    ({"channels": 0}, "channels is 0; it must be at least 1"),
   ],
 )
 def test_refuses_settings(changes, message):

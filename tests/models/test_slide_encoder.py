@@ -190,12 +190,15 @@ def test_released_model_has_its_number_of_parameters():
 @pytest.mark.parametrize(
   "changes, message",
   [
-    ({"position": "rope"}, "position of a slide encoder must be 'none'"),
-    ({"vocab_size": 5}, "vocab_size of a slide encoder must be 0"),
+    ({"position": "rope"}, "position is 'rope'; it must be none"),
+    ({"vocab_size": 5}, "vocab_size is 5; it must be 0"),
     ({"norm_position": "post"}, "norm_position"),
-    ({"model_dim": 18, "num_heads": 2}, "multiple of 4, got 18"),
-    ({"tile_size": 0}, "tile_size must be positive"),
-    ({"num_heads": 3}, "num_heads must divide"),
+    (
+      {"model_dim": 18, "num_heads": 2},
+      "model_dim is 18; it must be a multiple of 4",
+    ),
+    ({"tile_size": 0}, "tile_size is 0; it must be at least 1"),
+    ({"num_heads": 3}, "num_heads is 3; it must be a divisor"),
   ],
 )
 def test_refuses_settings(changes, message):

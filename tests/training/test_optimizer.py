@@ -70,7 +70,7 @@ def test_clipping_limits_the_global_norm():
 @pytest.mark.parametrize(
   "change, message",
   [
-    ({"schedule": "linear"}, "'linear'; choose one of polynomial"),
+    ({"schedule": "linear"}, "'linear'; it must be one of polynomial"),
     ({"learning_rate": 0.0}, "learning_rate is 0.0"),
     ({"beta2": 1.0}, "beta2 is 1.0"),
     ({"decay_steps": 3}, "decay_steps is 3; it must be above warmup_steps"),
