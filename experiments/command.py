@@ -14,10 +14,15 @@ Exit codes tell a supervisor what to do:
 from collections.abc import Callable, Sequence
 import contextlib
 import errno
+import hashlib
+import os
+import pathlib
+import platform
 import shlex
 import sys
 import traceback
 import typing
+import warnings
 
 from absl import app, flags, logging
 import jax
@@ -35,7 +40,7 @@ _CODES = {
   checkpoint.WriteError: STORAGE,
   storage.StorageError: STORAGE,
   hosts.LostError: hosts.LOST,
-}
+}  # and watchdog.STALLED
 _STORAGE_FAILS = (
   errno.ENOSPC,
   errno.EDQUOT,
@@ -64,6 +69,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
   def guarded(arguments):
     # What goes wrong in a library's threads is raised here too, and said once.
     logging.set_verbosity(logging.FATAL)
+    _keep_compiled()
     try:
       return main(arguments)
     except hosts.LostError as error:
@@ -84,6 +90,32 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
       hosts.leave(REFUSED)
 
   app.run(guarded, flags_parser=_parse)
+
+
+def _keep_compiled() -> None:
+  """Keeps what is compiled for the next start, unless told otherwise.
+
+  JAX_COMPILATION_CACHE_DIR names another place; JAX_ENABLE_COMPILATION_CACHE=0
+  keeps nothing.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = pathlib.Path(cache).expanduser() / "longnet_jax" / _processor()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+  # Messages that a file could not be kept are of no use to a run.
+  warnings.filterwarnings("ignore", message=".*persistent compilation cache")
+
+
+def _processor() -> str:
+  """A name of this processor: code made for another one may not run here."""
+  features = platform.processor() + platform.machine()
+  with contextlib.suppress(OSError):
+    for row in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+      if row.startswith(("model name", "flags", "Features")):
+        features += row
+        if not row.startswith("model name"):
+          break
+  return hashlib.sha256(features.encode()).hexdigest()[:12]
 
 
 def line() -> str:

@@ -68,7 +68,9 @@ class WriteError(CheckpointError):
 class Checkpoints:
   """The series of checkpoints of one workdir; writes happen in background."""
 
-  def __init__(self, workdir, *, max_to_keep: int = 1, read_only=False):
+  def __init__(
+    self, workdir, *, max_to_keep: int = 1, keep_every: int = 0, read_only=False
+  ):
     self.folder = folder(workdir)
     self._read_only = read_only
     keep = _MANAGERS.AnyPreservationPolicy(
@@ -80,6 +82,7 @@ class Checkpoints:
           n=1,
           keep_checkpoints_without_metrics=False,
         ),
+        *([_MANAGERS.EveryNSteps(keep_every)] if keep_every else []),
       ]
     )
     options = ocp.CheckpointManagerOptions(

@@ -12,7 +12,7 @@ import numpy as np
 from longnet_jax import checked, storage
 from longnet_jax.data import pipeline
 from longnet_jax.parallel import hosts, sharding
-from longnet_jax.training import checkpoint, curves, lease, stopping
+from longnet_jax.training import checkpoint, curves, lease, stopping, watchdog
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import metrics as metrics_lib
 from longnet_jax.training import report as report_lib
@@ -71,8 +71,9 @@ def train(
 def _train(run, workdir, records, check_lease, stream, fallback) -> Result:
   """Trains a run whose workdir is ours and has its records."""
   training = run.config.training
-  keep = training.max_to_keep
-  with checkpoint.Checkpoints(workdir, max_to_keep=keep) as checkpoints:
+  with checkpoint.Checkpoints(
+    workdir, max_to_keep=training.max_to_keep, keep_every=training.keep_every
+  ) as checkpoints:
     state, start = restore_or_init(run, checkpoints, fallback=fallback)
 
     def save(step, state, validation):
@@ -85,7 +86,8 @@ def _train(run, workdir, records, check_lease, stream, fallback) -> Result:
     ) as writer:
       writer.say(run.describe())
       with stopping.catch_signals() as caught, _naming_last_good(checkpoints):
-        stop = stopping.Stop(run.mesh, caught)
+        minutes = training.checkpoint_minutes
+        stop = stopping.Stop(run.mesh, caught, save_minutes=minutes)
         state = run_steps(run, state, start, writer, save, stop)
     checkpoints.wait()
     step = int(state.step)
@@ -144,7 +146,12 @@ def run_steps(run, state, start, writer, save, stop) -> state_lib.TrainState:
   """Trains to the last step, or to the step during which a signal came."""
   training = run.config.training
   report = report_lib.Report(run, writer)
-  with contextlib.closing(_batches(run, start)) as batches:
+  with (
+    contextlib.closing(_batches(run, start)) as batches,
+    watchdog.Watchdog(
+      training.watchdog_minutes, ends=training.watchdog_ends
+    ) as watch,
+  ):
     for step, batch in enumerate(batches, start + 1):
       placed = run.place(batch)
       state, metrics = run.train_step(state, placed)
@@ -152,15 +159,20 @@ def run_steps(run, state, start, writer, save, stop) -> state_lib.TrainState:
       if step % training.log_every == 0 and run.mixing_step:
         metrics["mixing"] = run.mixing_step(state.params, placed)
       report.hold(step, metrics)
+      watch.done(step)
       validation = None
       if step % training.eval_every == 0 or step == training.steps:
         validation = report.flush(
           functools.partial(evaluate, run, state.params)
         )
-      if last or step % training.checkpoint_every == 0:
+        watch.done(step)
+      due = step % training.checkpoint_every == 0 or stop.save_is_due
+      if last or due:
         report.flush()
         with report.paused():
           save(step, state, validation=validation)
+        stop.saved()
+        watch.done(step)
       if last:
         break
   if stop.signal:

@@ -106,6 +106,7 @@ def make_run(config: config_lib.ExperimentConfig, tokenizer_path) -> Run:
     optimizer,
     loss_chunk=training.loss_chunk,
     accumulation_steps=training.accumulation_steps,
+    may_skip=training.max_skipped > 0,
   )
   eval_step = step_lib.make_eval_step(
     model,

@@ -21,9 +21,19 @@ from longnet_jax.training import run as run_lib
 
 # Settings whose values may differ between hosts, too: where their copies lie.
 _PLACES = ("data.data_dir", "data.cache_dir")
-# Settings that a later start may change: how far to go, on which devices, and
-# where copies of the data lie. All others shape the parameters or their record.
-_FREE = ("training.steps", "mesh.*", *_PLACES)
+# Settings that a later start may change: how far to go, on which devices, where
+# copies of the data lie, what is kept and when to worry. All others shape the
+# parameters or their record.
+_FREE = (
+  "training.steps",
+  "training.checkpoint_minutes",
+  "training.max_to_keep",
+  "training.keep_every",
+  "training.max_skipped",
+  "training.watchdog_*",
+  "mesh.*",
+  *_PLACES,
+)
 
 
 def config_path(workdir) -> storage.Path:

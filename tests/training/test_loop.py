@@ -166,6 +166,49 @@ def test_a_damaged_checkpoint_is_passed_over_when_asked(
   assert len(list(copy.glob("damaged-4-*"))) == 1
 
 
+def test_a_step_that_is_not_finite_may_be_skipped(
+  tiny_settings, tmp_path, monkeypatch
+):
+  """One batch of a NaN weight changes nothing but the number of steps."""
+  settings = tiny_settings(
+    training__steps=3, training__eval_every=9, training__max_skipped=1
+  )
+  place = run_lib.Run.place
+  states, broken = [], {2}
+
+  def poisoned(self, batch):
+    states.append(None)
+    if len(states) in broken:
+      batch = batch | {"weights": batch["weights"] * np.float32("nan")}
+    return place(self, batch)
+
+  monkeypatch.setattr(run_lib.Run, "place", poisoned)
+  monkeypatch.setattr(loop, "evaluate", lambda *_: {"loss": 1.0})
+  result, _ = _train(settings, tmp_path / "one")
+  assert result.step == 3
+  records = metrics.read_metrics(tmp_path / "one")
+  assert ["loss" in r for r in records] == [True, False, True]
+  assert [r.get("skipped", 0) for r in records] == [0, 1, 1]
+  states.clear()
+  broken.add(3)
+  with pytest.raises(report.DivergedError, match="step 3: loss is nan"):
+    _train(settings, tmp_path / "two")
+
+
+def test_minutes_save_and_multiples_are_kept(tiny_settings, tmp_path):
+  settings = tiny_settings(
+    training__steps=5,
+    training__checkpoint_every=100,
+    training__checkpoint_minutes=1e-9,
+    training__max_to_keep=1,
+    training__keep_every=2,
+    training__eval_every=5,
+  )
+  _train(settings, tmp_path)
+  with checkpoint.open_to_read(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [2, 4, 5]
+
+
 class Snippets(tfds.core.GeneratorBasedBuilder):
   """Any text dataset that somebody has prepared."""
 
