@@ -45,7 +45,7 @@ class Report:
       return None
     (step, metrics), self._held = self._held, None
     values = self._without_skipped(step, _scalars(jax.device_get(metrics)))
-    self._count(values.pop("tokens"))
+    self._count(values.pop("tokens", 0.0))
     self._writer.advance(step)
     due = step % self._run.config.training.log_every == 0
     if not due and validate is None:
