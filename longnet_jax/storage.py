@@ -82,6 +82,16 @@ def is_dir(where: Path) -> bool:
     return where.is_dir()
 
 
+def files(where: Path) -> Iterator[Path]:
+  """All files below a folder."""
+  with _asking(where):
+    for entry in where.iterdir():
+      if entry.is_dir():
+        yield from files(entry)
+      else:
+        yield entry
+
+
 def make_dir(where: Path) -> None:
   """Makes a folder and those above it; a bucket has none to make."""
   if not is_remote(where):

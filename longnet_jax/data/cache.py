@@ -9,19 +9,22 @@ import shutil
 
 import tensorflow_datasets as tfds
 
+from longnet_jax import storage
 from longnet_jax.data import config as config_lib
+from longnet_jax.data import mirror
 
 
 def data_root(config: config_lib.DataConfig) -> pathlib.Path:
   """The folder of tfds datasets."""
   chosen = config.data_dir or tfds.core.constants.DATA_DIR
-  return pathlib.Path(chosen).expanduser()
+  return mirror.local(storage.path(chosen))
 
 
 def token_root(config: config_lib.DataConfig) -> pathlib.Path:
   """The folder of tokenized splits and trained tokenizers."""
-  chosen = config.cache_dir or data_root(config)
-  return pathlib.Path(chosen).expanduser() / "longnet_tokens"
+  if not config.cache_dir:
+    return data_root(config) / "longnet_tokens"
+  return mirror.local(storage.path(config.cache_dir)) / "longnet_tokens"
 
 
 @contextlib.contextmanager
@@ -51,6 +54,8 @@ def build_once(path: pathlib.Path, build: Callable[[pathlib.Path], None]):
   with locked(path):
     if path.exists():  # another process held the lock and built it
       return
+    if mirror.fetch(path):
+      return
     partial = path.with_name(path.name + ".partial")
     if partial.exists():
       shutil.rmtree(partial)
@@ -61,3 +66,4 @@ def build_once(path: pathlib.Path, build: Callable[[pathlib.Path], None]):
       shutil.rmtree(partial)
       raise
     os.rename(partial, path)
+    mirror.publish(path)

@@ -15,7 +15,7 @@ import sysconfig
 import tensorflow_datasets as tfds
 
 from longnet_jax import checked, storage
-from longnet_jax.data import cache
+from longnet_jax.data import cache, mirror
 from longnet_jax.data import config as config_lib
 
 
@@ -222,11 +222,14 @@ def _build(
   with cache.locked(path), _quiet():
     if path.exists():  # another process held the lock and built it
       return
+    if mirror.fetch(path):
+      return
     for left_by_a_killed_process in path.parent.glob("incomplete.*"):
       shutil.rmtree(left_by_a_killed_process)
     SourceCode(
       config=settings, data_dir=data_dir, file_format="array_record"
     ).download_and_prepare()
+    mirror.publish(path)
 
 
 @contextlib.contextmanager
