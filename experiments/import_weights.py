@@ -57,7 +57,8 @@ def main(arguments) -> None:
     raise checked.RefusedError(
       f"{workdir} holds a run already; choose another --workdir"
     )
-  state, keyword_config = _read(pathlib.Path(arguments[1]).expanduser())
+  with storage.on_this_machine(storage.path(arguments[1])) as source:
+    state, keyword_config = _read(source)
   config, params = _convert(state, keyword_config)
   count = state_lib.num_parameters(params)
   print(f"{_KIND.value}: {len(state)} tensors, {count:,} parameters")
@@ -111,7 +112,8 @@ def _convert(state, config):
 
 def _check(config, params):
   """Prints the error of each output; ValueError if one is too large."""
-  _, _, arrays = golden.read(_CHECK.value)
+  with storage.on_this_machine(storage.path(_CHECK.value)) as source:
+    _, _, arrays = golden.read(source)
   errors = golden.compare(config, params, arrays)
   for name, error in errors.items():
     print(f"{name}: largest error {error:.2e} relative to the largest entry")

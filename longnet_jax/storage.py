@@ -104,6 +104,18 @@ def read(where: Path) -> bytes:
     return where.read_bytes()
 
 
+@contextlib.contextmanager
+def on_this_machine(where: Path) -> Iterator[pathlib.Path]:
+  """A file as one of this machine, for readers that need one."""
+  if not is_remote(where):
+    yield where
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    copy = pathlib.Path(folder) / where.name
+    copy.write_bytes(read(where))
+    yield copy
+
+
 def write_whole(where: Path, content: str | bytes) -> None:
   """Writes a file whole or not at all."""
   data = content.encode() if isinstance(content, str) else content

@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 from absl import flags
+import jax
 from ml_collections import config_flags
 import pytest
 
@@ -64,6 +65,28 @@ def test_a_refusal_is_one_line_and_a_code(leaving, capsys, kind, code):
     command.fail(kind("first\n  second"))
   assert caught.value.code == code
   assert capsys.readouterr().err == "error: first second\n"
+
+
+@pytest.fixture
+def cache_dir():
+  """Gives back where compiled code is kept."""
+  before = jax.config.jax_compilation_cache_dir
+  yield
+  jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_code_is_kept(cache_dir, monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  jax.config.update("jax_compilation_cache_dir", None)
+  command._keep_compiled()
+  folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
+  assert folder.parent == tmp_path / "longnet_jax"
+
+
+def test_compiled_code_is_kept_where_it_was_told(cache_dir):
+  jax.config.update("jax_compilation_cache_dir", "/elsewhere")
+  command._keep_compiled()
+  assert jax.config.jax_compilation_cache_dir == "/elsewhere"
 
 
 @pytest.fixture
