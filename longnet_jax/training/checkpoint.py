@@ -272,10 +272,13 @@ class Checkpoints:
       return self._manager.restore(step, args=ocp.args.Composite(**arguments))
 
   def _writing(self):
+    advice = "free some space or choose another workdir"
+    if storage.is_remote(self.folder):
+      advice = "check the bucket, the credentials and the network"
     return _explained(
       f"cannot write a checkpoint into {self.folder}",
-      "free some space or choose another workdir, then start again: it "
-      "resumes from the last complete checkpoint",
+      f"{advice}, then start again: it resumes from the last complete "
+      "checkpoint",
       kind=WriteError,
     )
 

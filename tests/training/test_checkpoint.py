@@ -211,6 +211,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
   assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_bucket_that_takes_no_arrays_is_refused(monkeypatch):
+  monkeypatch.setattr(
+    checkpoint.storage.importlib.util, "find_spec", lambda _: True
+  )
+  with pytest.raises(checkpoint.CheckpointError, match="gs:// or to a file"):
+    checkpoint.load_checkpoint("s3://bucket/run")
+
+
 def test_an_unfinished_write_is_removed(tmp_path):
   with checkpoint.Checkpoints(tmp_path):
     (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
