@@ -105,8 +105,9 @@ def _counted(path, beat):
   finally:
     done.set()
     thread.join()
-    if not lost:
-      storage.remove(path)
+    with contextlib.suppress(OSError):  # or it would hide what went wrong
+      if not lost:
+        storage.remove(path)
 
 
 def _await_silence(path, beat):
