@@ -14,6 +14,17 @@ PERIOD = 5.0  # seconds between two counts
 PATIENCE = 60.0
 
 
+class LostError(RuntimeError):
+  """Another process of the run has ended, or never came."""
+
+  def __init__(self, text: str = ""):
+    super().__init__(
+      text
+      or "another process of this run has ended; see what it said, then start "
+      "all again: they go on from the last checkpoint"
+    )
+
+
 class Liveness:
   """Calls `lost(name)` once a process, or the store, has been silent too long.
 

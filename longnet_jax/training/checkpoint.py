@@ -25,11 +25,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from longnet_jax import checked, storage
+from longnet_jax import storage
 from longnet_jax.models import config as model_config
 from longnet_jax.models import longvit, slide_encoder
 from longnet_jax.parallel import hosts
-from longnet_jax.training import checksums
+from longnet_jax.training import checkpoint_error, checksums
 from longnet_jax.training import state as state_lib
 
 _BEST_BY = "loss"
@@ -44,25 +44,11 @@ MODEL_KEYS = {
 }
 
 
-# What storage says -> what has happened.
-_CAUSES = {
-  "RESOURCE_EXHAUSTED": "the disk is full",
-  "No space left": "the disk is full or has no room for another file",
-  "quota exceeded": "the disk quota is used up",
-  "File too large": "the limit on the size of a file is reached (ulimit -f)",
-  "NOT_FOUND": "files of the checkpoint were removed meanwhile",
-  "No ArrayMetadata found": "files of the checkpoint were removed meanwhile",
-}
 # Seconds that what is left of a failed save gets to end.
 _PATIENCE = 5
 
-
-class CheckpointError(checked.RefusedError):
-  """A checkpoint that cannot be written or read, and what to do."""
-
-
-class WriteError(CheckpointError):
-  """A checkpoint that cannot be written."""
+CheckpointError = checkpoint_error.CheckpointError
+WriteError = checkpoint_error.WriteError
 
 
 class Checkpoints:
@@ -102,7 +88,7 @@ class Checkpoints:
     for item in _JSON_ITEMS:
       handlers.add(item, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
       handlers.add(item, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-    with _explained(f"cannot open {self.folder}"):
+    with checkpoint_error.explained(f"cannot open {self.folder}"):
       self._manager = ocp.CheckpointManager(
         self.folder, options=options, handler_registry=handlers
       )
@@ -275,7 +261,7 @@ class Checkpoints:
     advice = "free some space or choose another workdir"
     if storage.is_remote(self.folder):
       advice = "check the bucket, the credentials and the network"
-    return _explained(
+    return checkpoint_error.explained(
       f"cannot write a checkpoint into {self.folder}",
       f"{advice}, then start again: it resumes from the last complete "
       "checkpoint",
@@ -291,7 +277,8 @@ class Checkpoints:
       if before
       else "no other step is left: start in an empty workdir"
     )
-    return _explained(f"cannot read {what} {self.folder / str(step)}", advice)
+    problem = f"cannot read {what} {self.folder / str(step)}"
+    return checkpoint_error.explained(problem, advice)
 
 
 def folder(workdir) -> storage.Path:
@@ -342,12 +329,6 @@ def check_space(where: storage.Path, tree) -> None:
     )
 
 
-def _short(text: str) -> str:
-  """One line of an error, whose end says more than its middle."""
-  line = text.splitlines()[0].partition(" [")[0]
-  return line if len(line) <= 240 else f"{line[:80]} ... {line[-150:]}"
-
-
 def _items(step, arrays, records, validation) -> dict:
   """What orbax is to write: the arrays, the records and their checksums."""
   sums = {
@@ -376,18 +357,3 @@ def open_to_read(workdir) -> Checkpoints:
       f"{workdir} holds no checkpoints; give the --workdir of a training run"
     )
   return Checkpoints(workdir, read_only=True)
-
-
-@contextlib.contextmanager
-def _explained(problem: str, advice: str = "", kind=CheckpointError):
-  """Turns whatever orbax and the file system raise into one line."""
-  try:
-    yield
-  except CheckpointError:
-    raise
-  except Exception as error:
-    text = str(error).strip() or type(error).__name__
-    causes = (cause for said, cause in _CAUSES.items() if said in text)
-    reason = next(causes, _short(text))
-    line = f"{problem}: {reason}"
-    raise kind(f"{line}; {advice}" if advice else line) from error

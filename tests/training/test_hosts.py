@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from longnet_jax.parallel import hosts
+from longnet_jax.parallel import hosts, joining
 from longnet_jax.training import checkpoint, loop, metrics
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import run as run_lib
@@ -234,7 +234,7 @@ def test_other_errors_are_no_lost_process():
 def _join(**flags):
   code = (
     "import sys\nfrom experiments import command\n"
-    "from longnet_jax.parallel import hosts\n"
+    "from longnet_jax.parallel import hosts, joining\n"
     f"command.run(lambda _: hosts.start(**{flags!r}))\n"
   )
   return subprocess.run(
@@ -274,7 +274,7 @@ def test_a_taken_port_is_one_line():
 
 @pytest.mark.parametrize("missing", ["SLURM_LOCALID", "SLURM_STEP_NODELIST"])
 def test_slurm_variables_in_part_are_named(missing, monkeypatch):
-  for name in hosts._SLURM:
+  for name in joining._SLURM:
     monkeypatch.setenv(name, "0")
   monkeypatch.setenv("SLURM_NTASKS", "2")
   monkeypatch.delenv(missing)
@@ -283,7 +283,7 @@ def test_slurm_variables_in_part_are_named(missing, monkeypatch):
 
 
 def test_one_slurm_variable_of_another_shell_means_nothing(monkeypatch):
-  for name in hosts._SLURM:
+  for name in joining._SLURM:
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv("SLURM_NTASKS", "2")
   monkeypatch.setenv("SLURM_JOB_ID", "7")
