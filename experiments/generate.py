@@ -6,7 +6,6 @@ the document, or at the last position that the model can number.
 """
 
 import os
-import pathlib
 import sys
 import time
 
@@ -14,7 +13,7 @@ from absl import flags
 import numpy as np
 
 from experiments import command
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.data import tokenizers
 from longnet_jax.inference import sample
 from longnet_jax.parallel import mesh as mesh_lib
@@ -105,7 +104,7 @@ def _read_prompt() -> bytes:
     raise checked.RefusedError("give either --prompt or --prompt_file")
   if _PROMPT.value is not None:
     return os.fsencode(_PROMPT.value)  # as the shell gave it, UTF-8 or not
-  return pathlib.Path(_PROMPT_FILE.value).read_bytes()
+  return storage.read(storage.path(_PROMPT_FILE.value))
 
 
 def _room(config, length: int, wanted: int) -> int:

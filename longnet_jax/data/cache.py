@@ -13,7 +13,9 @@ import sys
 
 import tensorflow_datasets as tfds
 
+from longnet_jax import storage
 from longnet_jax.data import config as config_lib
+from longnet_jax.data import mirror
 
 _SUMS = "checksums.json"
 
@@ -21,13 +23,14 @@ _SUMS = "checksums.json"
 def data_root(config: config_lib.DataConfig) -> pathlib.Path:
   """The folder of tfds datasets."""
   chosen = config.data_dir or tfds.core.constants.DATA_DIR
-  return pathlib.Path(chosen).expanduser()
+  return mirror.local(storage.path(chosen))
 
 
 def token_root(config: config_lib.DataConfig) -> pathlib.Path:
   """The folder of tokenized splits and trained tokenizers."""
-  chosen = config.cache_dir or data_root(config)
-  return pathlib.Path(chosen).expanduser() / "longnet_tokens"
+  if not config.cache_dir:
+    return data_root(config) / "longnet_tokens"
+  return mirror.local(storage.path(config.cache_dir)) / "longnet_tokens"
 
 
 @contextlib.contextmanager
@@ -56,20 +59,14 @@ def build_once(path: pathlib.Path, build: Callable[[pathlib.Path], None]):
   if _damage(path) is None:
     return
   with locked(path):
-    damage = _damage(path)
-    if damage is None:  # another process held the lock and built it
+    if _damage(path) is None:  # another process held the lock and built it
       return
+    _discard(path)
+    if mirror.fetch(path):
+      if _damage(path) is None:
+        return
+      _discard(path)
     partial = path.with_name(path.name + ".partial")
-    if partial.exists():
-      shutil.rmtree(partial)
-    if path.exists():
-      print(
-        f"{os.fspath(path)!r} is damaged ({damage}): it is built again",
-        file=sys.stderr,
-        flush=True,
-      )
-      os.rename(path, partial)
-      shutil.rmtree(partial)
     partial.mkdir()
     try:
       build(partial)
@@ -79,6 +76,22 @@ def build_once(path: pathlib.Path, build: Callable[[pathlib.Path], None]):
       raise
     os.rename(partial, path)
     _sync(path.parent)
+    mirror.publish(path)
+
+
+def _discard(path: pathlib.Path):
+  """Removes what a killed build has left, and what is damaged."""
+  partial = path.with_name(path.name + ".partial")
+  if partial.exists():
+    shutil.rmtree(partial)
+  if path.exists():
+    print(
+      f"{os.fspath(path)!r} is damaged ({_damage(path)}): it is built again",
+      file=sys.stderr,
+      flush=True,
+    )
+    os.rename(path, partial)
+    shutil.rmtree(partial)
 
 
 def _seal(folder: pathlib.Path):

@@ -6,8 +6,8 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from longnet_jax import checked
-from longnet_jax.data import cache, records, source_code
+from longnet_jax import checked, storage
+from longnet_jax.data import cache, mirror, records, source_code
 from longnet_jax.data import config as config_lib
 
 
@@ -100,6 +100,9 @@ def _carved(config: config_lib.DataConfig, own: set[str]) -> dict[str, float]:
 
 def _find(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
   """The prepared dataset of that name, at its highest version."""
+  if config.data_dir:
+    name = config.dataset.partition("/")[0].partition(":")[0]
+    mirror.fetch_tree(storage.path(config.data_dir) / name)
   data_dir = str(cache.data_root(config))
   found = prepared(data_dir)
   named = {

@@ -15,8 +15,8 @@ import sysconfig
 
 import tensorflow_datasets as tfds
 
-from longnet_jax import checked
-from longnet_jax.data import cache, records
+from longnet_jax import checked, storage
+from longnet_jax.data import cache, mirror, records
 from longnet_jax.data import config as config_lib
 
 
@@ -74,7 +74,7 @@ class SourceCode(tfds.core.GeneratorBasedBuilder):
     }
 
   def _generate_examples(self, documents):
-    folder = pathlib.Path(self.builder_config.folder)
+    folder = storage.path(self.builder_config.folder)
     for document in documents:
       text = _joined(_read(folder, file) for file in document.files)
       name = os.fsencode(document.name)
@@ -115,14 +115,14 @@ def scan(
   files, which have nothing to read, and links to folders, which may lead in a
   circle or to the same files twice: a line on stderr says so.
   """
-  root = pathlib.Path(folder)
-  if not root.is_dir():
+  root = storage.path(folder)
+  if not storage.is_dir(root):
     raise checked.RefusedError(
       f"folder is {folder!r}; it must be an existing folder"
     )
   files, links = [], []
   for path in _walk(root, include, exclude, links):
-    content = path.read_bytes()
+    content = storage.read(path)
     name = path.relative_to(root).as_posix()
     if b"\0" in content:
       raise checked.RefusedError(
@@ -233,11 +233,14 @@ def _build(
   with cache.locked(path), _quiet():
     if path.exists():  # another process held the lock and built it
       return
+    if mirror.fetch(path):
+      return
     for left_by_a_killed_process in path.parent.glob("incomplete.*"):
       shutil.rmtree(left_by_a_killed_process)
     SourceCode(
       config=settings, data_dir=data_dir, file_format="array_record"
     ).download_and_prepare()
+    mirror.publish(path)
 
 
 @contextlib.contextmanager
@@ -255,16 +258,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _walk(
-  root: pathlib.Path,
+  root: storage.Path,
   include: Sequence[str],
   exclude: Sequence[str],
-  links: list[pathlib.Path],
-) -> Iterator[pathlib.Path]:
+  links: list[storage.Path],
+) -> Iterator[storage.Path]:
   """Paths of regular files in path order; `links` gets those to folders."""
   for entry in sorted(root.iterdir(), key=lambda path: path.name):
     if any(fnmatch.fnmatchcase(entry.name, name) for name in exclude):
       continue
-    if entry.is_dir() and entry.is_symlink():
+    is_link = not storage.is_remote(entry) and entry.is_symlink()
+    if entry.is_dir() and is_link:
       links.append(entry)
     elif entry.is_dir():
       yield from _walk(entry, include, exclude, links)
@@ -273,8 +277,8 @@ def _walk(
         yield entry
 
 
-def _read(folder: pathlib.Path, file: SourceFile) -> bytes:
-  content = (folder / file.path).read_bytes()
+def _read(folder: storage.Path, file: SourceFile) -> bytes:
+  content = storage.read(folder / file.path)
   if _digest(content) != file.digest:
     raise checked.RefusedError(
       f"{os.fspath(folder / file.path)!r} changed while read"

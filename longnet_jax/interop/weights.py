@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.interop import pickles
 
 _TYPES = {
@@ -82,9 +82,9 @@ def read_sharded(
     ValueError: it is no such file, a name leads out of its folder, or a tensor
       is not in its file.
   """
-  path = pathlib.Path(path)
+  path = storage.path(path)
   try:
-    files = dict(json.loads(path.read_bytes())["weight_map"])
+    files = dict(json.loads(storage.read(path))["weight_map"])
     parts = {str(name): [] for name in files.values()}
   except (KeyError, TypeError, ValueError, RecursionError) as error:
     raise checked.RefusedError(
@@ -100,10 +100,11 @@ def read_sharded(
         f"{path} names {part!r}, which is no file beside it"
       )
     file = path.with_name(part)
-    if file.suffix == ".safetensors":
-      found = read_safetensors(file)
-    else:
-      found = read_pth(file, key=key)
+    with storage.on_this_machine(file) as local:
+      if local.suffix == ".safetensors":
+        found = read_safetensors(local)
+      else:
+        found = read_pth(local, key=key)
     missing = sorted(set(names) - found.keys())
     if missing:
       raise checked.RefusedError(
