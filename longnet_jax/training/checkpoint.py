@@ -29,21 +29,15 @@ from longnet_jax import storage
 from longnet_jax.models import config as model_config
 from longnet_jax.models import longvit, slide_encoder
 from longnet_jax.parallel import hosts
-from longnet_jax.training import checkpoint_error, checksums
+from longnet_jax.training import checkpoint_error, checksums, orbax_items
 from longnet_jax.training import state as state_lib
 
-_BEST_BY = "loss"
-_MANAGERS = ocp.checkpoint_managers
-_STATE_ITEMS = ("params", "opt_state", "train")
-_JSON_ITEMS = ("config", "tokenizer", "data", "checksums")
 # The key of the item "config" that holds the model's settings, and their class.
 MODEL_KEYS = {
   "model": model_config.LongNetConfig,
   "slide_encoder": slide_encoder.SlideEncoderConfig,
   "longvit": longvit.LongViTConfig,
 }
-
-
 # Seconds that what is left of a failed save gets to end.
 _PATIENCE = 5
 
@@ -59,38 +53,12 @@ class Checkpoints:
   ):
     self.folder = folder(workdir)
     self._read_only = read_only
-    keep = _MANAGERS.AnyPreservationPolicy(
-      [
-        _MANAGERS.LatestN(max_to_keep),
-        _MANAGERS.BestN(
-          get_metric_fn=lambda metrics: metrics[_BEST_BY],
-          reverse=True,
-          n=1,
-          keep_checkpoints_without_metrics=False,
-        ),
-        *([_MANAGERS.EveryNSteps(keep_every)] if keep_every else []),
-      ]
-    )
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=keep,
-      best_fn=lambda metrics: metrics[_BEST_BY],
-      best_mode="min",
-      create=not read_only,
-      read_only=read_only,
-      cleanup_tmp_directories=not read_only,
-    )
-    handlers = ocp.DefaultCheckpointHandlerRegistry()
-    for item in _STATE_ITEMS:
-      handlers.add(item, ocp.args.StandardSave, ocp.StandardCheckpointHandler())
-      handlers.add(
-        item, ocp.args.StandardRestore, ocp.StandardCheckpointHandler()
-      )
-    for item in _JSON_ITEMS:
-      handlers.add(item, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-      handlers.add(item, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
     with checkpoint_error.explained(f"cannot open {self.folder}"):
-      self._manager = ocp.CheckpointManager(
-        self.folder, options=options, handler_registry=handlers
+      self._manager = orbax_items.open_manager(
+        self.folder,
+        max_to_keep=max_to_keep,
+        keep_every=keep_every,
+        read_only=read_only,
       )
 
   def __enter__(self):
@@ -124,7 +92,9 @@ class Checkpoints:
     if which == "latest":
       return steps[-1]
     if which == "best":
-      scored = [(m[_BEST_BY], s) for s in steps if (m := self.metrics(s))]
+      scored = [
+        (m[orbax_items.BEST_BY], s) for s in steps if (m := self.metrics(s))
+      ]
       return min(scored)[1] if scored else steps[-1]
     if which not in steps:
       raise CheckpointError(
@@ -138,7 +108,8 @@ class Checkpoints:
     with self._reading(step, "validation results of"):
       found = self._manager.metrics(step)
       checksums.check(
-        self._recorded(step), checksums.of_json(metrics=_plain(found))
+        self._recorded(step),
+        checksums.of_json(metrics=orbax_items.plain(found)),
       )
     return found
 
@@ -161,13 +132,13 @@ class Checkpoints:
 
     `records` are the JSON items; `validation` has at least a "loss".
     """
-    validation = _plain(validation)
+    validation = orbax_items.plain(validation)
     arrays = dict(
       params=state.params,
       opt_state=state.opt_state,
       train={"step": state.step, "rng": state.rng},
     )
-    items = _items(step, arrays, records, validation)
+    items = orbax_items.to_save(step, arrays, records, validation)
     with self._writing():
       self._manager.wait_until_finished()
       check_space(self.folder, state)
@@ -177,7 +148,7 @@ class Checkpoints:
 
   def save_params(self, params, records: dict[str, dict]) -> None:
     """Writes parameters that were not trained here, as step 0."""
-    items = _items(0, {"params": params}, records, None)
+    items = orbax_items.to_save(0, {"params": params}, records, None)
     with self._writing():
       self._manager.save(0, args=ocp.args.Composite(**items))
     self.wait()
@@ -327,27 +298,6 @@ def check_space(where: storage.Path, tree) -> None:
       f"a checkpoint needs {size:,} bytes and the disk of {where} has "
       f"{free:,} left"
     )
-
-
-def _items(step, arrays, records, validation) -> dict:
-  """What orbax is to write: the arrays, the records and their checksums."""
-  sums = {
-    "step": step,
-    **checksums.of_arrays(**arrays),
-    **checksums.of_json(**records, metrics=validation),
-  }
-  return {
-    **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
-    **{name: ocp.args.JsonSave(value) for name, value in records.items()},
-    "checksums": ocp.args.JsonSave(sums),
-  }
-
-
-def _plain(validation: dict | None) -> dict[str, float] | None:
-  """Validation results as JSON gives them back."""
-  if validation is None:
-    return None
-  return {name: float(value) for name, value in validation.items()}
 
 
 def open_to_read(workdir) -> Checkpoints:
