@@ -14,6 +14,7 @@ setuptools.setup(
   install_requires=[
     "absl-py>=2.1",
     "array-record>=0.8",
+    "etils[epath]>=1.12",
     "flax>=0.12",
     "grain>=0.2.10",
     "importlib_resources>=6.0",  # tfds imports it without declaring it
@@ -23,7 +24,7 @@ setuptools.setup(
     "ml-collections>=1.0",
     "numpy>=2.0",
     "optax>=0.2.5",
-    "orbax-checkpoint>=0.11.30",
+    "orbax-checkpoint>=0.12.0",
     "tensorflow-datasets>=4.9.9",
     "safetensors>=0.4",
     "tokenizers>=0.20",
@@ -32,9 +33,13 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda13]>=0.10"],
+    "gcs": ["gcsfs>=2024.2"],
+    "s3": ["s3fs>=2024.2"],
     "tensorboard": ["tensorboardX>=2.6"],
     "test": [
       "beartype>=0.19",
+      "gcp-storage-emulator>=2024.8",
+      "gcsfs>=2024.2",
       "hypothesis>=6.100",
       "ipykernel>=6.29",
       "nbclient>=0.10",

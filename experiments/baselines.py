@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.models import sizes, transformer
 from longnet_jax.training import checkpoint, curves, loop, metrics
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import state as state_lib
-from longnet_jax.training import workdir as workdir_lib
 
 LABELS = {"dilated": "LongNet", "dense": "dense", "sparse": "sparse"}
 _CURVES = ("step", "loss", "validation_bits_per_byte")
@@ -71,7 +69,7 @@ def record(workdir, result: loop.Result) -> dict:
   }
 
 
-def write(folder: pathlib.Path, models: dict[str, dict], **more) -> dict:
+def write(folder: storage.Path, models: dict[str, dict], **more) -> dict:
   """Writes comparison.json, with `more` entries, and its picture.
 
   Raises ValueError where the runs have not read the same windows.
@@ -81,7 +79,7 @@ def write(folder: pathlib.Path, models: dict[str, dict], **more) -> dict:
     raise checked.RefusedError(f"the runs have read different data: {data}")
   comparison = {**more, "models": models}
   text = json.dumps(comparison) + "\n"
-  workdir_lib.write_whole(folder / "comparison.json", text)
+  storage.write_whole(folder / "comparison.json", text)
   draw(comparison, folder / "comparison.png")
   return comparison
 

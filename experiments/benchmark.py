@@ -44,7 +44,10 @@ _DTYPE = flags.DEFINE_enum(
 _BATCH = flags.DEFINE_integer("batch", 1, "sequences at once", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs", lower_bound=1)
 _MAX_SECONDS = flags.DEFINE_float(
-  "max_seconds", 60.0, "a core whose next run would take longer is left out"
+  "max_seconds",
+  60.0,
+  "a core whose next run would take longer is left out",
+  lower_bound=0,
 )
 _DENSE = flags.DEFINE_bool("dense", True, "measure dense attention beside it")
 _OUT = flags.DEFINE_string("out", "runs/benchmark", "folder to write to")

@@ -1,24 +1,53 @@
-"""How every command starts and fails: flags in, one clear line out."""
+"""How every command starts and fails: flags in, one clear line out.
+
+Exit codes tell a supervisor what to do:
+
+  0        done
+  1        refused, with the reason in one line, or a defect with a traceback
+  3        diverged: the loss or the gradient stopped being finite
+  4        storage failed: it is full, gone or does not answer
+  5        another process of the run has ended: start all again
+  6        stopped by the watchdog: no step had ended for too long
+  128 + n  stopped by signal n after saving (143 SIGTERM, 130 Ctrl-C)
+"""
 
 from collections.abc import Callable, Sequence
 import contextlib
+import errno
+import hashlib
+import os
+import pathlib
+import platform
 import shlex
 import sys
 import traceback
+import typing
+import warnings
 
 from absl import app, flags, logging
 import jax
 import ml_collections
 from ml_collections import config_flags
 
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.parallel import hosts
+from longnet_jax.training import checkpoint, report
 from longnet_jax.training import config as config_lib
-from longnet_jax.training import report
 
-_LOST = (
-  "another process of this run has ended; see what it said, then start all "
-  "again: they go on from the last checkpoint"
+REFUSED, DIVERGED, STORAGE = 1, 3, 4
+_CODES = {
+  report.DivergedError: DIVERGED,
+  checkpoint.WriteError: STORAGE,
+  storage.StorageError: STORAGE,
+  hosts.LostError: hosts.LOST,
+}  # and watchdog.STALLED
+_STORAGE_FAILS = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EIO,
+  errno.EROFS,
+  errno.ESTALE,
 )
 # How the library begins when a config file raises; a traceback follows.
 _IN_CONFIG = "Error whilst parsing config file"
@@ -31,30 +60,62 @@ _LEGAL = {
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-  """Runs `main`; a refused input is one line on stderr and exit code 1.
+  """Runs `main`; a refused input is one line on stderr.
 
   An error that is not about the input keeps its traceback.
   """
+  sys.unraisablehook = _quiet_loop(sys.unraisablehook)
 
   def guarded(arguments):
     # What goes wrong in a library's threads is raised here too, and said once.
     logging.set_verbosity(logging.FATAL)
+    _keep_compiled()
     try:
       return main(arguments)
-    except (checked.RefusedError, OSError, report.DivergedError) as error:
+    except hosts.LostError as error:
       fail(error)
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       hosts.leave(130)
     except Exception as error:
-      if not jax.distributed.is_initialized():
+      several = jax.distributed.is_initialized()
+      if several and hosts.lost_another(error):
+        fail(hosts.LostError())
+      refusals = (checked.RefusedError, OSError, report.DivergedError)
+      if isinstance(error, refusals):
+        fail(error)
+      if not several:
         raise
-      if hosts.lost_another(error):
-        fail(RuntimeError(_LOST))
       traceback.print_exc()
-      hosts.leave(1)
+      hosts.leave(REFUSED)
 
   app.run(guarded, flags_parser=_parse)
+
+
+def _keep_compiled() -> None:
+  """Keeps what is compiled for the next start, unless told otherwise.
+
+  JAX_COMPILATION_CACHE_DIR names another place; JAX_ENABLE_COMPILATION_CACHE=0
+  keeps nothing.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = pathlib.Path(cache).expanduser() / "longnet_jax" / _processor()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+  # Messages that a file could not be kept are of no use to a run.
+  warnings.filterwarnings("ignore", message=".*persistent compilation cache")
+
+
+def _processor() -> str:
+  """A name of this processor: code made for another one may not run here."""
+  features = platform.processor() + platform.machine()
+  with contextlib.suppress(OSError):
+    for row in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+      if row.startswith(("model name", "flags", "Features")):
+        features += row
+        if not row.startswith("model name"):
+          break
+  return hashlib.sha256(features.encode()).hexdigest()[:12]
 
 
 def line() -> str:
@@ -63,10 +124,28 @@ def line() -> str:
   return shlex.join(["python", "-m", name, *sys.argv[1:]])
 
 
-def fail(error: Exception) -> None:
-  """Prints an error in one line and exits."""
+def fail(error: Exception) -> typing.NoReturn:
+  """Prints an error in one line and exits with the code of its class."""
   print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-  hosts.leave(1)
+  hosts.leave(_code(error))
+
+
+def _code(error: Exception) -> int:
+  """What the end of the process says of an error."""
+  if isinstance(error, OSError) and error.errno in _STORAGE_FAILS:
+    return STORAGE
+  codes = (code for kind, code in _CODES.items() if isinstance(error, kind))
+  return next(codes, REFUSED)
+
+
+def _quiet_loop(hook):
+  """A hook that leaves out what writes say that nobody waits for any more."""
+
+  def quiet(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  return quiet
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
@@ -102,7 +181,12 @@ def _fail_to_load(arguments, error):
   reason = str(error)
   if isinstance(error, OSError):  # the library lists where it looked
     reason = "no such file; use one such as configs/quickstart.py"
-  files = " ".join(a for a in arguments if a.startswith("--config="))
+  named = [
+    a if "=" in a else f"{a} {following}"
+    for a, following in zip(arguments, [*arguments[1:], ""], strict=True)
+    if a.startswith(("--config=", "-config=")) or a in ("--config", "-config")
+  ]
+  files = " ".join(named) or "that is the default"
   fail(checked.RefusedError(f"cannot load the config {files}: {reason}"))
 
 
@@ -131,6 +215,8 @@ def _default() -> ml_collections.ConfigDict:
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
   """The flag --config=FILE with --config.KEY=VALUE to change settings."""
+  if default:  # beside this file, wherever the command is started
+    default = str(pathlib.Path(__file__).parent.parent / default)
   with _explained(sys.argv):  # a default is loaded here, and keys set in it
     return config_flags.DEFINE_config_file(
       "config", default, "settings of the experiment, a file in configs/"

@@ -10,12 +10,10 @@ It prints a table and writes comparison.json and comparison.png into DIR.
 Exit codes are those of experiments.train.
 """
 
-import pathlib
-
 from absl import flags
 
 from experiments import baselines, command, hardware
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import loop
 
@@ -31,7 +29,7 @@ def main(_) -> int:
     raise checked.RefusedError(
       "--workdir is missing; give a folder such as runs/compare"
     )
-  folder = pathlib.Path(_WORKDIR.value)
+  folder = storage.path(_WORKDIR.value)
   config = config_lib.build(_CONFIG.value)
   models = {}
   for core, variant in baselines.variants(config).items():

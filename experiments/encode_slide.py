@@ -20,16 +20,18 @@ import numpy as np
 
 from experiments import command, hardware
 from longnet_jax import checked
-from longnet_jax.interop import gigapath
+from longnet_jax.interop import gigapath, torchscale
 from longnet_jax.models import slide_encoder, slides
 from longnet_jax.training import checkpoint
 from longnet_jax.training import state as state_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "of imported weights")
 _SLIDE = flags.DEFINE_string("slide", None, ".npz with tiles and coords")
-_NUM_TILES = flags.DEFINE_integer("num_tiles", 100_000, "of a synthetic slide")
-_LAYERS = flags.DEFINE_integer("layers", 12, "of random weights")
-_WIDTH = flags.DEFINE_integer("width", 768, "of random weights")
+_NUM_TILES = flags.DEFINE_integer(
+  "num_tiles", 100_000, "of a synthetic slide", lower_bound=1
+)
+_LAYERS = flags.DEFINE_integer("layers", 12, "of random weights", lower_bound=1)
+_WIDTH = flags.DEFINE_integer("width", 768, "of random weights", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, ".npz to write")
 _JSON = flags.DEFINE_string("json", None, "JSON to write measurements into")
 
@@ -39,6 +41,9 @@ def main(_) -> None:
   config, params = _model()
   slide = _slide(config)
   slides.check_slide(config, slide)
+  # The class token stands before the tiles.
+  if note := torchscale.misplaced(config, 1 + len(slide.tiles)):
+    print(f"note: {note}")
   outputs, seconds = encode(config, params, slide)
   record = {
     "tiles": len(slide.tiles),
@@ -133,13 +138,7 @@ def _slide(config):
     return synthetic_slide(
       _NUM_TILES.value, config.tile_dim, config.tile_size, seed=0
     )
-  with np.load(_SLIDE.value, allow_pickle=False) as file:
-    missing = {"tiles", "coords"} - set(file.files)
-    if missing:
-      raise checked.RefusedError(
-        f"{_SLIDE.value} has no {' and no '.join(missing)}"
-      )
-    return slides.Slide(file["tiles"], file["coords"])
+  return gigapath.read_slide(_SLIDE.value)
 
 
 def _peak_bytes():

@@ -6,12 +6,10 @@ workdir. With --compare=DIR2,DIR3 these are evaluated on the same text and
 drawn into the same picture, and loss_compare.png shows their training.
 """
 
-import pathlib
-
 from absl import flags
 
 from experiments import command, hardware
-from longnet_jax import checked, evaluate
+from longnet_jax import checked, evaluate, storage
 from longnet_jax.data import config as data_config
 from longnet_jax.data import tokenizers
 from longnet_jax.training import checkpoint, curves, metrics
@@ -26,7 +24,10 @@ _SPLIT = flags.DEFINE_enum(
   "split", "test", data_config.SPLITS, "which documents to read"
 )
 _MAX_TOKENS = flags.DEFINE_integer(
-  "max_tokens", 1_000_000, "tokens of the split to read, spread evenly"
+  "max_tokens",
+  1_000_000,
+  "tokens of the split to read, spread evenly",
+  lower_bound=1,
 )
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "latest", "latest, best (by validation) or a step"
@@ -40,7 +41,7 @@ def main(_) -> None:
       "--workdir is missing; give the folder of a training run"
     )
   lengths = [_length(text) for text in _LENGTHS.value]
-  workdirs = [pathlib.Path(d) for d in (_WORKDIR.value, *_COMPARE.value)]
+  workdirs = [storage.path(d) for d in (_WORKDIR.value, *_COMPARE.value)]
   labels = _labels(workdirs)
   records = {}
   for label, workdir in zip(labels, workdirs, strict=True):
@@ -55,7 +56,7 @@ def main(_) -> None:
     print(f"wrote {picture}")
 
 
-def evaluate_workdir(workdir: pathlib.Path, lengths: list[int]) -> dict:
+def evaluate_workdir(workdir: storage.Path, lengths: list[int]) -> dict:
   """Prints one workdir's table and writes its JSON, which it returns."""
   with checkpoint.open_to_read(workdir) as checkpoints:
     step = checkpoints.find(_which(_CHECKPOINT.value))
@@ -101,9 +102,9 @@ def _which(text: str) -> int | str:
   return text
 
 
-def _labels(workdirs: list[pathlib.Path]) -> list[str]:
+def _labels(workdirs: list[storage.Path]) -> list[str]:
   """Folder names, or whole paths where the names are the same."""
-  names = [workdir.resolve().name for workdir in workdirs]
+  names = [storage.absolute(workdir).name for workdir in workdirs]
   return names if len(set(names)) == len(names) else list(map(str, workdirs))
 
 

@@ -1,12 +1,11 @@
 """Continues a text: python -m experiments.generate --workdir=DIR --prompt=...
 
-The continuation goes to stdout, byte by byte the model's; how long it took goes
-to stderr. It ends at --max_new_tokens, where the model ends the document, or at
-the last position that the model can number.
+The continuation and a line break go to stdout, byte by byte the model's; how
+long it took goes to stderr. It ends at --max_new_tokens, where the model ends
+the document, or at the last position that the model can number.
 """
 
-import codecs
-import pathlib
+import os
 import sys
 import time
 
@@ -14,7 +13,7 @@ from absl import flags
 import numpy as np
 
 from experiments import command
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.data import tokenizers
 from longnet_jax.inference import sample
 from longnet_jax.parallel import mesh as mesh_lib
@@ -104,8 +103,8 @@ def _read_prompt() -> bytes:
   if (_PROMPT.value is None) == (_PROMPT_FILE.value is None):
     raise checked.RefusedError("give either --prompt or --prompt_file")
   if _PROMPT.value is not None:
-    return _PROMPT.value.encode()
-  return pathlib.Path(_PROMPT_FILE.value).read_bytes()
+    return os.fsencode(_PROMPT.value)  # as the shell gave it, UTF-8 or not
+  return storage.read(storage.path(_PROMPT_FILE.value))
 
 
 def _room(config, length: int, wanted: int) -> int:
@@ -119,13 +118,12 @@ def _room(config, length: int, wanted: int) -> int:
 
 
 def _writer(tokenizer):
-  """Returns what writes tokens to stdout, whole characters at a time."""
-  decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+  """Returns what writes the bytes of tokens to stdout, UTF-8 or not."""
+  stdout = sys.stdout.buffer
 
   def write(tokens, final=False):
-    sys.stdout.write(decoder.decode(tokenizer.decode(tokens), final))
-    sys.stdout.write("\n" if final else "")
-    sys.stdout.flush()
+    stdout.write(tokenizer.decode(tokens) + b"\n" * final)
+    stdout.flush()
 
   return write
 

@@ -1,6 +1,7 @@
 """Imports weights: python -m experiments.import_weights SRC --kind=KIND.
 
-SRC is a torch .pth, .pt or .bin file, a .safetensors file or a golden .npz.
+SRC is a torch .pth, .pt or .bin file, a .safetensors file, the .index.json file
+of either in shards, or a golden .npz.
 Writes WORKDIR/checkpoints, which load_checkpoint reads, and for decoders what
 experiments.evaluate and experiments.generate need. --config is the model's
 keyword dictionary in torchscale's or upstream's names, as JSON or as the path
@@ -10,16 +11,16 @@ file, and an error above --tolerance is a failure.
 
 import dataclasses
 import json
-import pathlib
 
 from absl import flags
 
 from configs import base
 from experiments import command
-from longnet_jax import checked, interop
+from longnet_jax import checked, interop, storage
 from longnet_jax.data import tokenizers
 from longnet_jax.interop import golden, keywords
 from longnet_jax.models import config as model_config
+from longnet_jax.models import longvit
 from longnet_jax.training import checkpoint
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import state as state_lib
@@ -51,15 +52,21 @@ def main(arguments) -> None:
   for flag in (_KIND, _WORKDIR):
     if flag.value is None:
       raise checked.RefusedError(f"--{flag.name} is missing")
-  workdir = pathlib.Path(_WORKDIR.value)
-  if any((workdir / name).exists() for name in ("checkpoints", "config.json")):
+  workdir = storage.path(_WORKDIR.value)
+  held = ("checkpoints", "config.json")
+  if any(storage.exists(workdir / name) for name in held):
     raise checked.RefusedError(
       f"{workdir} holds a run already; choose another --workdir"
     )
-  state, keyword_config = _read(pathlib.Path(arguments[1]))
+  state, keyword_config = _read(storage.path(arguments[1]))
   config, params = _convert(state, keyword_config)
   count = state_lib.num_parameters(params)
   print(f"{_KIND.value}: {len(state)} tensors, {count:,} parameters")
+  length = None
+  if isinstance(config, longvit.LongViTConfig):
+    length = config.num_patches
+  if note := interop.torchscale.misplaced(config, length):
+    print(f"note: {note}")
   if _CHECK.value:
     _check(config, params)
   is_decoder = _KIND.value == "torchscale" and keywords.is_decoder(
@@ -71,22 +78,25 @@ def main(arguments) -> None:
   print(f"wrote {workdir}")
 
 
-def _read(source: pathlib.Path):
+def _read(source: storage.Path):
   """Returns the state and the keyword dictionary, or None."""
   config = _parse_config(_CONFIG.value)
-  if source.suffix == ".npz":
-    state, stored, _ = golden.read(source)
-    return state, config or stored
-  if source.suffix == ".safetensors":
-    return interop.read_safetensors(source), config
-  return interop.read_pth(source, key=_KEY.value), config
+  if source.name.endswith(".index.json"):
+    return interop.read_sharded(source, key=_KEY.value), config
+  with storage.on_this_machine(source) as file:
+    if file.suffix == ".npz":
+      state, stored, _ = golden.read(file)
+      return state, config or stored
+    if file.suffix == ".safetensors":
+      return interop.read_safetensors(file), config
+    return interop.read_pth(file, key=_KEY.value), config
 
 
 def _parse_config(text: str | None):
   if text is None:
     return None
   if not text.lstrip().startswith("{"):
-    text = pathlib.Path(text).read_text()
+    text = storage.read(storage.path(text)).decode()
   try:
     config = json.loads(text)
   except json.JSONDecodeError as error:
@@ -110,7 +120,8 @@ def _convert(state, config):
 
 def _check(config, params):
   """Prints the error of each output; ValueError if one is too large."""
-  _, _, arrays = golden.read(_CHECK.value)
+  with storage.on_this_machine(storage.path(_CHECK.value)) as source:
+    _, _, arrays = golden.read(source)
   errors = golden.compare(config, params, arrays)
   for name, error in errors.items():
     print(f"{name}: largest error {error:.2e} relative to the largest entry")
@@ -128,7 +139,7 @@ def _model_record(config):
   return {"config": {keys[type(config)]: dataclasses.asdict(config)}}
 
 
-def _records(config: model_config.LongNetConfig, workdir: pathlib.Path):
+def _records(config: model_config.LongNetConfig, workdir: storage.Path):
   """Writes and returns what makes the workdir look like that of a run."""
   settings = base.get_config()
   settings.model = dataclasses.asdict(config)
@@ -136,9 +147,9 @@ def _records(config: model_config.LongNetConfig, workdir: pathlib.Path):
   settings.data.window = window
   settings = settings.to_dict()
   config_lib.build(settings)
-  workdir.mkdir(parents=True, exist_ok=True)
+  storage.make_dir(workdir)
   text = json.dumps(settings, indent=2) + "\n"
-  workdir_lib.write_whole(workdir_lib.config_path(workdir), text)
+  storage.write_whole(workdir_lib.config_path(workdir), text)
   records = {"config": settings}
   tokenizer = _tokenizer(config.vocab_size)
   if tokenizer is None:
@@ -149,7 +160,7 @@ def _records(config: model_config.LongNetConfig, workdir: pathlib.Path):
     return records
   path = workdir_lib.tokenizer_path(workdir)
   tokenizer.save(path)
-  return records | {"tokenizer": json.loads(path.read_text())}
+  return records | {"tokenizer": json.loads(storage.read(path))}
 
 
 def _tokenizer(vocab_size: int):

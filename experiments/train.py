@@ -3,8 +3,9 @@
 With neither flag it runs configs/quickstart.py into runs/quickstart. Started
 again it goes on from the last checkpoint in the workdir, exactly.
 
-Exit codes: 0 all steps are done; 1 refused or diverged, with the reason on
-stderr; 128 + n stopped by signal n (143 SIGTERM, 130 Ctrl-C) after saving.
+Exit codes: 0 all steps are done; 1 refused; 3 diverged; 4 storage failed; 5
+another process ended; 6 the watchdog ended it; 128 + n stopped by signal n
+(143 SIGTERM, 129 SIGHUP, 130 Ctrl-C) after saving.
 
 On many hosts start the same command on each, with a --workdir that all share.
 A TPU pod and SLURM (srun) need nothing else; elsewhere each process gets
@@ -25,6 +26,9 @@ _CONFIG = command.define_config(_QUICKSTART)
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "folder of the run; an earlier run in it goes on"
 )
+_FALLBACK = flags.DEFINE_bool(
+  "fallback", False, "go on from the last checkpoint that can be read"
+)
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
   None,
@@ -35,6 +39,11 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS_ID = flags.DEFINE_integer(
   "process_id", None, "number of this process, from 0"
+)
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+  "join_timeout",
+  hosts.JOIN_TIMEOUT,
+  "seconds until a process that has not come is given up",
 )
 _FAKE_DEVICES = flags.DEFINE_integer(
   "fake_devices", None, "CPU devices a process, to try out a mesh"
@@ -57,8 +66,9 @@ def main(_) -> int:
     _NUM_PROCESSES.value,
     _PROCESS_ID.value,
     fake_devices=_FAKE_DEVICES.value,
+    join_timeout=_JOIN_TIMEOUT.value,
   )
-  result = loop.train(config, workdir)
+  result = loop.train(config, workdir, fallback=_FALLBACK.value)
   if hosts.is_first():
     print(f"{workdir}: step {result.step}, parameters {result.fingerprint}")
   return 128 + result.signal if result.signal else 0

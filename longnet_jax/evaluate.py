@@ -8,7 +8,7 @@ import math
 from matplotlib import figure
 import numpy as np
 
-from longnet_jax import checked
+from longnet_jax import checked, pattern, storage
 from longnet_jax.data import config as data_config
 from longnet_jax.data import corpus, ngram, pipeline, tokenizers
 from longnet_jax.models import config as model_config
@@ -89,8 +89,19 @@ def evaluate(
   from the start of what it sees, so the scores by position say what context
   is worth. A longer text than `max_tokens` is sampled evenly.
 
-  Raises ValueError for a length that the positions cannot number.
+  Raises ValueError for a length that the positions cannot number, and for
+  numbers of tokens below 1.
   """
+  for name, value in (
+    ("max_tokens", max_tokens),
+    ("batch_tokens", batch_tokens),
+    ("loss_chunk", loss_chunk),
+  ):
+    pattern.as_int(name, value)
+  if not lengths:
+    raise checked.RefusedError(
+      "lengths is empty; give at least one context length"
+    )
   for length in lengths:
     if not 1 <= length <= config.position_limit:
       raise checked.RefusedError(
@@ -198,14 +209,14 @@ def draw(records: dict[str, dict], path) -> None:
     axes.legend()
   by_length.set(xlabel="context length, tokens", ylabel="bits a byte")
   by_position.set(xlabel="end of the position bucket, tokens")
-  picture.savefig(path, dpi=120)
+  curves.save(picture, path)
 
 
 def write(evaluation: Evaluation, path, **more) -> dict:
   """Writes the JSON record with `more` entries and returns it."""
   record = {**more, **evaluation.to_dict()}
-  with open(path, "w") as file:
-    file.write(json.dumps(record, indent=2) + "\n")
+  text = json.dumps(record, indent=2) + "\n"
+  storage.write_whole(storage.path(path), text)
   return record
 
 

@@ -10,6 +10,9 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 
+# Nothing is compiled before the test, or kept in the user's folders after it.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+
 import jax
 import jaxtyping
 import pytest

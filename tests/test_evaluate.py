@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longnet_jax import evaluate
+from longnet_jax import checked, evaluate
 from longnet_jax.data import config as data_config
 from longnet_jax.data import pipeline
 from longnet_jax.models import config as model_config
@@ -109,6 +109,14 @@ def test_buckets_double_up_to_the_length():
 def test_a_length_past_the_positions_is_refused(parts):
   with pytest.raises(ValueError, match="length is 99999999; position='xpos'"):
     evaluate.evaluate(*parts, [16, 99_999_999])
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "batch_tokens", "loss_chunk"])
+def test_no_number_of_tokens_is_refused(parts, name):
+  with pytest.raises(
+    checked.RefusedError, match=f"{name} is -5: must be 1 or more"
+  ):
+    evaluate.evaluate(*parts, [16], **{name: -5})
 
 
 def test_table_json_and_picture(evaluation, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent / "longnet_jax"
 LAYERS = [
   "checked",
+  "storage",
   "pattern",
   "ops",
   "parallel",

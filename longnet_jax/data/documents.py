@@ -6,8 +6,8 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from longnet_jax import checked
-from longnet_jax.data import cache, source_code
+from longnet_jax import checked, storage
+from longnet_jax.data import cache, mirror, records, source_code
 from longnet_jax.data import config as config_lib
 
 
@@ -40,8 +40,7 @@ class Documents:
         f"has {', '.join(legal)}"
       )
     stored = split if split in own else "train"
-    for record in self._builder.as_data_source(split=stored):
-      text = record[self._feature]
+    for text in records.read(self._builder, stored, self._feature):
       if text and (stored != "train" or self._split_of(text) == split):
         yield text
 
@@ -101,6 +100,9 @@ def _carved(config: config_lib.DataConfig, own: set[str]) -> dict[str, float]:
 
 def _find(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
   """The prepared dataset of that name, at its highest version."""
+  if config.data_dir:
+    name = config.dataset.partition("/")[0].partition(":")[0]
+    mirror.fetch_tree(storage.path(config.data_dir) / name)
   data_dir = str(cache.data_root(config))
   found = prepared(data_dir)
   named = {
@@ -118,7 +120,7 @@ def _find(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
       "data_dir=..., file_format='array_record').download_and_prepare()"
     )
   path = max(named.values(), key=lambda p: tfds.core.Version(p.name))
-  builder = tfds.builder_from_directory(path)
+  builder = records.open_builder(path)
   file_format = builder.info.file_format.value
   if file_format != "array_record":
     raise checked.RefusedError(

@@ -10,12 +10,13 @@ import logging
 import os
 import pathlib
 import shutil
+import sys
 import sysconfig
 
 import tensorflow_datasets as tfds
 
-from longnet_jax import checked
-from longnet_jax.data import cache
+from longnet_jax import checked, storage
+from longnet_jax.data import cache, mirror, records
 from longnet_jax.data import config as config_lib
 
 
@@ -73,7 +74,7 @@ class SourceCode(tfds.core.GeneratorBasedBuilder):
     }
 
   def _generate_examples(self, documents):
-    folder = pathlib.Path(self.builder_config.folder)
+    folder = storage.path(self.builder_config.folder)
     for document in documents:
       text = _joined(_read(folder, file) for file in document.files)
       name = os.fsencode(document.name)
@@ -102,7 +103,7 @@ def builder(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
   path = data_dir / SourceCode.name / settings.name / str(SourceCode.VERSION)
   if not path.exists():
     _build(settings, path, data_dir)
-  return tfds.builder_from_directory(path)
+  return records.open_builder(path)
 
 
 def scan(
@@ -111,16 +112,17 @@ def scan(
   """Files below `folder` in path order whose name matches `include`.
 
   A file or folder whose name matches `exclude` is left out; so are empty
-  files, which have nothing to read.
+  files, which have nothing to read, and links to folders, which may lead in a
+  circle or to the same files twice: a line on stderr says so.
   """
-  root = pathlib.Path(folder)
-  if not root.is_dir():
+  root = storage.path(folder)
+  if not storage.is_dir(root):
     raise checked.RefusedError(
       f"folder is {folder!r}; it must be an existing folder"
     )
-  files = []
-  for path in _walk(root, include, exclude):
-    content = path.read_bytes()
+  files, links = [], []
+  for path in _walk(root, include, exclude, links):
+    content = storage.read(path)
     name = path.relative_to(root).as_posix()
     if b"\0" in content:
       raise checked.RefusedError(
@@ -130,11 +132,20 @@ def scan(
     if content:
       blank = not content.strip()
       files.append(SourceFile(name, _digest(content), blank))
+  left_out = ""
+  if links:
+    left_out = (
+      f"{len(links)} links to folders are left out, the first is "
+      f"{os.fspath(links[0])!r}"
+    )
   if not files:
     raise checked.RefusedError(
       f"folder {folder!r} holds no file that is not empty and matches include "
       f"{tuple(include)}; choose another folder or pattern, such as ('*.c',)"
+      + (f" ({left_out})" if left_out else "")
     )
+  if left_out:
+    print(f"folder {folder!r}: {left_out}", file=sys.stderr, flush=True)
   return files
 
 
@@ -222,11 +233,14 @@ def _build(
   with cache.locked(path), _quiet():
     if path.exists():  # another process held the lock and built it
       return
+    if mirror.fetch(path):
+      return
     for left_by_a_killed_process in path.parent.glob("incomplete.*"):
       shutil.rmtree(left_by_a_killed_process)
     SourceCode(
       config=settings, data_dir=data_dir, file_format="array_record"
     ).download_and_prepare()
+    mirror.publish(path)
 
 
 @contextlib.contextmanager
@@ -244,21 +258,27 @@ def _quiet() -> Iterator[None]:
 
 
 def _walk(
-  root: pathlib.Path, include: Sequence[str], exclude: Sequence[str]
-) -> Iterator[pathlib.Path]:
-  """Paths of regular files in path order, folder by folder."""
+  root: storage.Path,
+  include: Sequence[str],
+  exclude: Sequence[str],
+  links: list[storage.Path],
+) -> Iterator[storage.Path]:
+  """Paths of regular files in path order; `links` gets those to folders."""
   for entry in sorted(root.iterdir(), key=lambda path: path.name):
     if any(fnmatch.fnmatchcase(entry.name, name) for name in exclude):
       continue
-    if entry.is_dir() and not entry.is_symlink():
-      yield from _walk(entry, include, exclude)
+    is_link = not storage.is_remote(entry) and entry.is_symlink()
+    if entry.is_dir() and is_link:
+      links.append(entry)
+    elif entry.is_dir():
+      yield from _walk(entry, include, exclude, links)
     elif entry.is_file():
       if any(fnmatch.fnmatchcase(entry.name, name) for name in include):
         yield entry
 
 
-def _read(folder: pathlib.Path, file: SourceFile) -> bytes:
-  content = (folder / file.path).read_bytes()
+def _read(folder: storage.Path, file: SourceFile) -> bytes:
+  content = storage.read(folder / file.path)
   if _digest(content) != file.digest:
     raise checked.RefusedError(
       f"{os.fspath(folder / file.path)!r} changed while read"

@@ -4,14 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import hashlib
 import json
 import os
-import pathlib
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Int
 import numpy as np
 import tokenizers
 
-from longnet_jax import checked
+from longnet_jax import checked, storage
 
 
 @runtime_checkable
@@ -131,7 +130,7 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> BpeTokenizer:
 def load(path: str | os.PathLike) -> Tokenizer:
   """The tokenizer that `save` wrote; ValueError if the file is not one."""
   try:
-    stored = json.loads(pathlib.Path(path).read_text())
+    stored = json.loads(storage.read(storage.path(path)))
     if stored["tokenizer"] == "bytes":
       return ByteTokenizer()
     return BpeTokenizer(tokenizers.Tokenizer.from_str(stored["model"]))
@@ -179,7 +178,4 @@ def _checked(ids, vocab_size: int) -> Int[np.ndarray, " n"]:
 
 def _write(path: str | os.PathLike, text: str):
   """Writes a whole file or none."""
-  path = pathlib.Path(path)
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text)
-  os.replace(partial, path)
+  storage.write_whole(storage.path(path), text)

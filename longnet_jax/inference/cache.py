@@ -21,7 +21,7 @@ A dense model is one branch as long as the sequence; a sparse one is its local
 block and the summary columns of all blocks.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 from flax import struct
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def make_cache(
   config: config_lib.LongNetConfig,
   batch: int,
   *,
-  max_length: int | None = None,
+  max_length: SupportsIndex | None = None,
 ) -> Cache:
   """Returns an empty cache of `batch` examples.
 
@@ -95,6 +95,8 @@ def make_cache(
   if max_length is None:
     bounded = config.attention != "dilated"
     max_length = min(config.max_positions, limit) if bounded else limit
+  if isinstance(max_length, np.integer):
+    max_length = int(max_length)  # is a part of the cache's type
   if not 1 <= max_length <= limit:
     raise checked.RefusedError(
       f"max_length is {max_length}; position={config.position!r} of this model"
@@ -113,16 +115,20 @@ def make_cache(
 
 
 def branches(config, max_length):
-  """Returns the branches of a model."""
+  """Returns the branches of a model, none longer than `max_length`.
+
+  A segment or block beyond it is all there is room for, and may be written as a
+  number that no index of an array can hold.
+  """
   if config.attention == "dense":
     return (_branch(config, max_length, 1),)
   if config.attention == "sparse":
-    local = _branch(config, config.sparse_block, 1)
+    local = _branch(config, min(config.sparse_block, max_length), 1)
     if not config.sparse_summary:
       return (local,)
     return (local, local._replace(summary=config.sparse_summary))
   return tuple(
-    _branch(config, w, r)
+    _branch(config, min(w, max_length), r)
     for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True)
   )
 
@@ -162,11 +168,11 @@ def _branch(config, length, rate):
   _, places = np.unique(members, return_index=True)
   kv_heads, phases = streams.T.astype(np.int32)
   places = places.astype(np.int32)
-  return Branch(length, rate, 0, kv_heads, phases, members, places)
+  return Branch(length, min(rate, length), 0, kv_heads, phases, members, places)
 
 
 def slots(branch: Branch, max_length: int) -> int:
   """Returns how many rows each stream of a branch has."""
   if branch.summary:
     return -(-max_length // branch.length) * branch.summary
-  return pattern.max_kept(min(branch.length, max_length), branch.rate)
+  return pattern.max_kept(branch.length, branch.rate)

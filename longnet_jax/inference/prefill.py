@@ -8,7 +8,7 @@ those of the segments that the prompts end in, and only these leave the layer.
 
 from collections.abc import Sequence
 import functools
-from typing import Any
+from typing import Any, SupportsIndex
 
 from flax import linen as nn
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Integer
 import numpy as np
 
-from longnet_jax import checked
+from longnet_jax import checked, pattern
 from longnet_jax.inference import cache as cache_lib
 from longnet_jax.inference import decode, rows
 from longnet_jax.models import attention, transformer
@@ -30,8 +30,8 @@ def prefill(
   tokens: Integer[ArrayLike, "B T"],
   lengths: Sequence[int] | Integer[ArrayLike, " B"] | None = None,
   *,
-  max_length: int | None = None,
-  chunk: int = 512,
+  max_length: SupportsIndex | None = None,
+  chunk: SupportsIndex = 512,
   mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Float[Array, "B V"], cache_lib.Cache]:
   """Reads prompts and returns what `decode_step` goes on from.
@@ -76,8 +76,7 @@ def prefill(
       f" from 0 to {config.vocab_size - 1}"
     )
   batch, length = tokens.shape
-  if chunk < 1:
-    raise checked.RefusedError(f"chunk is {chunk}; it must be at least 1")
+  chunk = pattern.as_int("chunk", chunk)
   lengths = _checked_lengths(lengths, batch, length)
   if max_length is None and config.attention != "dilated":
     max_length = max(config.max_positions, length)

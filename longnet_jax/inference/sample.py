@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import Any
+import operator
+from typing import Any, SupportsFloat, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,14 @@ def generate(
   params: dict[str, Any],
   prompts: Sequence[Sequence[int] | Int[np.ndarray, " _n"]],
   *,
-  max_new_tokens: int,
-  temperature: float = 1.0,
-  top_k: int | None = None,
-  top_p: float = 1.0,
-  stop_tokens: Sequence[int] = (),
-  seed: int = 0,
+  max_new_tokens: SupportsIndex,
+  temperature: SupportsFloat = 1.0,
+  top_k: SupportsIndex | None = None,
+  top_p: SupportsFloat = 1.0,
+  stop_tokens: Sequence[int] | Int[np.ndarray, " _s"] = (),
+  seed: SupportsIndex = 0,
   callback: Callable[[int, int], None] | None = None,
-  chunk: int = 512,
+  chunk: SupportsIndex = 512,
   mesh: jax.sharding.Mesh | None = None,
 ) -> list[np.ndarray]:
   """Continues prompts, of any lengths, token by token.
@@ -54,8 +55,15 @@ def generate(
     ValueError: a setting is out of range, or the positions cannot number the
       longest prompt and its continuation.
   """
-  lengths = _check_prompts(config, prompts)
-  _check_settings(config, max_new_tokens, temperature, top_k, top_p, seed)
+  prompts = _checked_prompts(config, prompts)
+  lengths = [len(prompt) for prompt in prompts]
+  # Python integers: those of NumPy lack methods, and overflow.
+  max_new_tokens = _whole("max_new_tokens", max_new_tokens, 1)
+  seed = _whole("seed", seed, 0, 2**31 - 1)
+  top_k = config.vocab_size if top_k is None else top_k
+  top_k = _whole("top_k", top_k, 1, config.vocab_size)
+  stop_tokens = _checked_stops(stop_tokens)
+  _check_temperature(temperature, top_p)
   needed = _check_room(config, max(lengths), max_new_tokens)
   tokens = np.zeros((len(prompts), max(lengths)), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
@@ -71,7 +79,7 @@ def generate(
     _draw,
     seed=seed,
     temperature=float(temperature),
-    top_k=config.vocab_size if top_k is None else top_k,
+    top_k=top_k,
     top_p=float(top_p),
   )
   new = [[] for _ in prompts]
@@ -111,22 +119,52 @@ def _draw(logits, position, *, seed, temperature, top_k, top_p):
   return jax.vmap(draw_one)(jnp.arange(len(logits)), logits, position)
 
 
-def _check_prompts(config, prompts):
-  """Returns the lengths of the prompts."""
+def _checked_prompts(config, prompts):
+  """Returns each prompt as an array of ids, or raises RefusedError."""
+  if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__"):
+    raise checked.RefusedError(
+      f"prompts is {checked.shown(prompts)}; give a list of prompts, each a"
+      " sequence of token ids (text becomes ids by a tokenizer's encode)"
+    )
   if not len(prompts):
     raise checked.RefusedError("prompts is empty; give at least one prompt")
-  for i, prompt in enumerate(prompts):
-    if not len(prompt):
-      raise checked.RefusedError(
-        f"prompt {i} is empty; begin it with the separator"
-      )
-    lowest, highest = np.min(prompt), np.max(prompt)
-    if lowest < 0 or highest >= config.vocab_size:
-      raise checked.RefusedError(
-        f"prompt {i} has ids from {lowest} to {highest}; the vocabulary is 0 to"
-        f" {config.vocab_size - 1}"
-      )
-  return [len(prompt) for prompt in prompts]
+  return [
+    _checked_prompt(config, i, prompt) for i, prompt in enumerate(prompts)
+  ]
+
+
+def _checked_prompt(config, i, prompt):
+  try:
+    ids = np.asarray(prompt)
+  except ValueError:  # nested, and of several lengths
+    ids = np.empty((0, 0))
+  if ids.ndim == 1 and not len(ids):
+    raise checked.RefusedError(
+      f"prompt {i} is empty; begin it with the separator"
+    )
+  if ids.ndim != 1 or ids.dtype.kind not in "iu":
+    raise checked.RefusedError(
+      f"prompt {i} is {checked.shown(prompt)}; give a list of prompts, each a"
+      " sequence of token ids (text becomes ids by a tokenizer's encode)"
+    )
+  lowest, highest = ids.min(), ids.max()
+  if lowest < 0 or highest >= config.vocab_size:
+    raise checked.RefusedError(
+      f"prompt {i} has ids from {lowest} to {highest}; the vocabulary is 0 to"
+      f" {config.vocab_size - 1}"
+    )
+  return ids
+
+
+def _checked_stops(stop_tokens):
+  """Returns the ids as a set, or raises RefusedError."""
+  try:
+    return {operator.index(token) for token in stop_tokens}
+  except TypeError:
+    raise checked.RefusedError(
+      f"stop_tokens is {checked.shown(stop_tokens)}; give a sequence of token"
+      " ids"
+    ) from None
 
 
 def _check_room(config, longest, max_new_tokens):
@@ -147,20 +185,32 @@ def _check_room(config, longest, max_new_tokens):
   return needed
 
 
-def _check_settings(config, max_new_tokens, temperature, top_k, top_p, seed):
-  if max_new_tokens < 1:
+def _whole(name, value, lowest, highest=np.inf):
+  """Returns an integer, NumPy's too, as Python's; or raises RefusedError."""
+  try:
+    number = operator.index(value)
+  except TypeError:
     raise checked.RefusedError(
-      f"max_new_tokens is {max_new_tokens}; it must be at least 1"
-    )
+      f"{name} is {checked.shown(value)}; use a whole number"
+    ) from None
+  if not lowest <= number <= highest:
+    bounded = highest < np.inf
+    legal = f"use {lowest} to {highest}" if bounded else "it must be at least 1"
+    raise checked.RefusedError(f"{name} is {checked.shown(number)}; {legal}")
+  return number
+
+
+def _check_temperature(temperature, top_p):
+  try:
+    temperature, top_p = float(temperature), float(top_p)
+  except (TypeError, ValueError):
+    raise checked.RefusedError(
+      f"temperature is {checked.shown(temperature)} and top_p is"
+      f" {checked.shown(top_p)}; both must be numbers"
+    ) from None
   if not 0 <= temperature < np.inf:
     raise checked.RefusedError(
       f"temperature is {temperature}; use 0 for the likeliest token or more"
-    )
-  if not 0 <= seed < 2**31:
-    raise checked.RefusedError(f"seed is {seed}; use 0 to {2**31 - 1}")
-  if top_k is not None and not 1 <= top_k <= config.vocab_size:
-    raise checked.RefusedError(
-      f"top_k is {top_k}; use 1 to {config.vocab_size}"
     )
   if not 0 < top_p <= 1:
     raise checked.RefusedError(

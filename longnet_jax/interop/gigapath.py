@@ -5,21 +5,23 @@ Source: https://github.com/prov-gigapath/prov-gigapath.
 
 from collections.abc import Mapping
 import math
+import os
 from typing import Any
 
 import jax
 import numpy as np
 
 from longnet_jax import checked
-from longnet_jax.interop import keywords, tensors, torchscale
+from longnet_jax.interop import keywords, npz, tensors, torchscale
 from longnet_jax.interop.tensors import State, Tensor
-from longnet_jax.models import slide_encoder
+from longnet_jax.models import slide_encoder, slides
 
 # (layers, width) of the released architectures; all have 16 heads, which the
 # tensors do not tell.
 RELEASED = ((12, 768), (24, 1024), (12, 1536))
 _RELEASED_HEADS = 16
 _DILATION_RATES = (1, 2, 4, 8, 16)
+_ANCHOR = "encoder.layers.0.self_attn.q_proj.weight"
 
 # What a config may say, by upstream's names, and what it says if not given.
 _DEFAULTS = {
@@ -40,7 +42,8 @@ def convert(
   """Returns the config and parameters of a slide encoder.
 
   Args:
-    state: upstream's state dict as NumPy arrays.
+    state: upstream's state dict as NumPy arrays; a prefix, such as "module." or
+      "slide_encoder.", may stand before the names.
     config: what differs from the released models, by upstream's names: heads,
       segment_lengths, dilation_rates, slide_ngrids, tile_size, max_wsi_size,
       dropout, drop_path_rate. Sizes that the tensors tell (depth, embed_dim,
@@ -50,6 +53,7 @@ def convert(
     ValueError: names an unknown key, a size that the tensors contradict, or the
       tensors that are missing, left over or of the wrong shape.
   """
+  state = tensors.unwrapped(state, _ANCHOR)
   slide_config = infer_config(state, config)
   width = slide_config.tile_dim
   abstract = tensors.abstract_params(
@@ -71,11 +75,26 @@ def export(
   return tensors.export(params, model_tensors(config))
 
 
+def read_slide(path: str | os.PathLike) -> slides.Slide:
+  """Returns the slide in an .npz file of tiles (T, C) and coords (T, 2).
+
+  Raises:
+    ValueError: one line; the file is none, is damaged or lacks one of them.
+      Whether they make a slide is for `slides.check_slide` to say.
+  """
+  arrays = npz.read(path)
+  missing = sorted({"tiles", "coords"} - arrays.keys())
+  if missing:
+    raise checked.RefusedError(f"{path} has no {' and no '.join(missing)}")
+  return slides.Slide(arrays["tiles"], arrays["coords"])
+
+
 def infer_config(
   state: Mapping[str, np.ndarray], config: Mapping[str, Any] | None = None
 ) -> slide_encoder.SlideEncoderConfig:
   """Returns the config that tensors and `config` (see `convert`) describe."""
   config = dict(config or {})
+  state = tensors.unwrapped(state, _ANCHOR)
   depth = tensors.count_layers(state, "encoder.layers.")
   width, channels = tensors.shape_of(state, "patch_embed.proj.weight", 2)
   hidden, _ = tensors.shape_of(state, "encoder.layers.0.ffn.fc1.weight", 2)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from longnet_jax import checked
+from longnet_jax.interop import npz
 from longnet_jax.interop.tensors import State
 from longnet_jax.models import longvit, slide_encoder, transformer
 
@@ -28,13 +29,7 @@ def read(
 
   Without "param/" names every array is of the state and of the others.
   """
-  with open(path, "rb") as file:
-    try:
-      arrays = dict(np.load(file, allow_pickle=False))
-    except Exception as error:  # what is damaged can raise anything
-      raise checked.RefusedError(
-        f"{path} is no .npz file of plain arrays"
-      ) from error
+  arrays = npz.read(path)
   config = None
   if "config" in arrays:
     try:
@@ -110,8 +105,17 @@ def _functions(config):
     return functions, ("images",)
   return {
     "logits": transformer.LongNetLM(config).apply,
-    "encoder_out": transformer.LongNetEncoder(config).apply,
+    "encoder_out": functools.partial(_encoder_out, config),
   }, ("tokens",)
+
+
+def _encoder_out(config, variables, tokens):
+  """Features, or logits if there is an output layer, as torchscale has it."""
+  features = transformer.LongNetEncoder(config).apply(variables, tokens)
+  params = variables["params"]
+  if "output" not in params and not config.tie_embeddings:
+    return features
+  return transformer.unembed(features, transformer.output_matrix(params))
 
 
 def _narrow(array):

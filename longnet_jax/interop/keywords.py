@@ -30,6 +30,7 @@ _SWITCHES = {
   "deepnorm": False,
   "xpos_rel_pos": False,
   "share_*_input_output_embed": False,
+  "no_output_layer": False,
   "max_positions": 1024,
   "segment_length": None,
   "dilated_ratio": None,
@@ -69,7 +70,6 @@ _IGNORED = (
   "moe_normalize_gate_prob_before_dropping",
   "moe_second_expert_policy",
   "moe_top1_expert",
-  "no_output_layer",
   "patch_size",
   "seq_parallel",
 )
@@ -97,7 +97,7 @@ def convert(config: Mapping[str, Any]) -> model_config.LongNetConfig:
     field: config.get(_key(key, side), default)
     for key, (field, default) in _FIELDS.items()
   }
-  tied = side == "decoder" and switch["share_*_input_output_embed"]
+  tied = has_output(config) and switch["share_*_input_output_embed"]
   return model_config.LongNetConfig(
     **values | {"vocab_size": max(values["vocab_size"], 0)},
     segment_lengths=lengths,
@@ -118,9 +118,15 @@ def convert(config: Mapping[str, Any]) -> model_config.LongNetConfig:
 
 
 def export(
-  config: model_config.LongNetConfig, *, decoder: bool
+  config: model_config.LongNetConfig, *, decoder: bool, output: bool = False
 ) -> dict[str, Any]:
-  """Returns torchscale's keyword dictionary of a config."""
+  """Returns torchscale's keyword dictionary of a config.
+
+  Args:
+    config: of the model.
+    decoder: whether it is one, or an encoder.
+    output: whether an encoder has an output layer; always if it is tied.
+  """
   check_exportable(config, decoder=decoder)
   side = "decoder" if decoder else "encoder"
   settings = {
@@ -133,7 +139,7 @@ def export(
     "deepnorm": config.deepnorm,
     "xpos_rel_pos": config.position == "xpos",
     "share_*_input_output_embed": config.tie_embeddings,
-    "no_output_layer": not decoder,
+    "no_output_layer": not (decoder or output or config.tie_embeddings),
     "max_positions": config.max_positions,
     "flash_attention": config.attention == "dilated",
   }
@@ -141,6 +147,13 @@ def export(
     values["segment_length"] = str(list(config.segment_lengths))
     values["dilated_ratio"] = str(list(config.dilation_rates))
   return settings | {_key(k, side): value for k, value in values.items()}
+
+
+def has_output(config: Mapping[str, Any]) -> bool:
+  """Whether torchscale's model has an output layer."""
+  if is_decoder(config):
+    return True
+  return config.get("vocab_size", -1) > 0 and not config.get("no_output_layer")
 
 
 def is_decoder(config: Mapping[str, Any]) -> bool:

@@ -145,6 +145,7 @@ def model_tensors(config: longvit.LongViTConfig) -> list[Tensor]:
 
 def _without_prefix(state):
   """Takes away what stands before pos_embed from all names that have it."""
+  state = tensors.unwrapped(state, "")
   found = [name for name in state if name.endswith("pos_embed")]
   if len(found) != 1:
     raise checked.RefusedError(

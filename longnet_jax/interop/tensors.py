@@ -11,6 +11,14 @@ import numpy as np
 from longnet_jax import checked
 
 State = dict[str, np.ndarray]
+_WRAPPERS = frozenset(
+  (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+  )
+)
 
 
 class Tensor(NamedTuple):
@@ -115,6 +123,35 @@ def export(params: Mapping[str, Any], tensors: Sequence[Tensor]) -> State:
 def abstract_params(model, *inputs: jax.ShapeDtypeStruct) -> dict[str, Any]:
   """The parameter tree of a Flax model as shapes, at no cost."""
   return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+
+def unwrapped(
+  state: Mapping[str, np.ndarray], anchor: str
+) -> dict[str, np.ndarray]:
+  """Takes away what programs around a model put before its tensors' names.
+
+  That is what DataParallel, torch.compile, FSDP and activation checkpoints add,
+  and what stands before `anchor`, a name that a model has once.
+  """
+  names = {
+    name: ".".join(p for p in name.split(".") if p not in _WRAPPERS)
+    for name in state
+  }
+  found = [
+    name
+    for name in names.values()
+    if name == anchor or name.endswith(f".{anchor}")
+  ]
+  prefix = found[0].removesuffix(anchor) if len(found) == 1 else ""
+  bare = {
+    names[name].removeprefix(prefix): array for name, array in state.items()
+  }
+  if len(bare) < len(state):
+    raise checked.RefusedError(
+      "the state has tensors that differ in nothing but a prefix, such as"
+      f" {prefix or 'module.'}; leave out those of other models"
+    )
+  return bare
 
 
 def count_layers(state: Mapping[str, np.ndarray], prefix: str) -> int:

@@ -13,6 +13,7 @@ from longnet_jax.interop.tensors import State, Tensor
 from longnet_jax.models import config as model_config
 from longnet_jax.models import transformer
 
+_OUTPUT = "output_projection.weight"
 _XPOS = re.compile(r"layers\.\d+\.self_attn\.xpos\.scale")
 
 
@@ -22,8 +23,13 @@ def convert(
   """Returns the config and parameters of a torchscale decoder or encoder.
 
   Args:
-    state: torchscale's state dict as NumPy arrays.
+    state: torchscale's state dict as NumPy arrays; a prefix, such as "module."
+      or "decoder.", may stand before the names.
     config: its keyword dictionary; decoder_* or encoder_* keys say which.
+
+  An encoder with an output layer has its matrix in the parameters, although
+  `LongNetEncoder` returns features: `transformer.unembed` turns these into
+  logits with `transformer.output_matrix(params)`.
 
   Raises:
     ValueError: names the settings that this package does not compute, or the
@@ -31,11 +37,16 @@ def convert(
   """
   longnet = keywords.convert(config)
   decoder = keywords.is_decoder(config)
+  state = tensors.unwrapped(state, "layers.0.self_attn.q_proj.weight")
   model = transformer.LongNetLM if decoder else transformer.LongNetEncoder
   inputs = jax.ShapeDtypeStruct((1, 1), np.int32)
   if not decoder and not longnet.vocab_size:  # embeddings are made elsewhere
     inputs = jax.ShapeDtypeStruct((1, 1, longnet.model_dim), np.float32)
   abstract = tensors.abstract_params(model(longnet), inputs)
+  if not decoder and keywords.has_output(config) and not longnet.tie_embeddings:
+    if _OUTPUT in state:
+      shape = longnet.model_dim, longnet.vocab_size
+      abstract["output"] = jax.ShapeDtypeStruct(shape, np.float32)
   table = model_tensors(longnet, output="output" in abstract)
   state = _without_copies(state, longnet)
   return longnet, tensors.convert(state, table, abstract)
@@ -44,16 +55,49 @@ def convert(
 def export(
   config: model_config.LongNetConfig, params: Mapping[str, Any]
 ) -> State:
-  """Returns the state dict that torchscale loads for these parameters."""
+  """Returns the state dict that torchscale loads for these parameters.
+
+  Those of an encoder may have an output matrix as well, as `convert` gives it.
+  """
   decoder = config.tie_embeddings or "output" in params
   keywords.check_exportable(config, decoder=decoder)
   state = tensors.export(params, model_tensors(config, "output" in params))
   if config.tie_embeddings:
-    state["output_projection.weight"] = state["embed_tokens.weight"].copy()
+    state[_OUTPUT] = state["embed_tokens.weight"].copy()
   if config.position == "xpos":
     for i in range(config.num_layers):
       state[f"layers.{i}.self_attn.xpos.scale"] = _xpos_scale(config)
   return state
+
+
+def misplaced(
+  config: model_config.LongNetConfig, length: int | None = None
+) -> str | None:
+  """Says where torchscale's outputs differ from ours; None where they do not.
+
+  Where r does not divide a segment of w, torchscale fills every segment up to
+  the next multiple of r and cuts the result at the end alone, so that what it
+  computes for the rows of segment n comes n (-w mod r) rows too late. Here all
+  rows stay where they are.
+
+  Args:
+    config: of the model.
+    length: of the sequences; of any length if None.
+  """
+  if config.attention != "dilated":
+    return None
+  branches = zip(config.segment_lengths, config.dilation_rates, strict=True)
+  found = [
+    (w, r) for w, r in branches if w % r and (length is None or length > w)
+  ]
+  if not found:
+    return None
+  w, r = min(found)
+  return (
+    f"torchscale misplaces rows of sequences longer than {w:,}, because the"
+    f" dilation rate {r} does not divide that segment length; here they are in"
+    " their place, so outputs differ from torchscale's there"
+  )
 
 
 def model_tensors(
@@ -66,7 +110,7 @@ def model_tensors(
   if config.norm_position == "pre":
     table += layer_norm("layer_norm", "final_norm")
   if output:
-    table.append(Tensor("output_projection.weight", "output", "matrix"))
+    table.append(Tensor(_OUTPUT, "output", "matrix"))
   return table
 
 
@@ -119,14 +163,14 @@ def _without_copies(state, config):
       raise checked.RefusedError(
         f"{name} is not the scale of xPos for this head width"
       )
-  output, embedding = "output_projection.weight", "embed_tokens.weight"
-  if config.tie_embeddings and output in kept and embedding in kept:
-    if not np.array_equal(kept[output], kept[embedding]):
+  embedding = "embed_tokens.weight"
+  if config.tie_embeddings and _OUTPUT in kept and embedding in kept:
+    if not np.array_equal(kept[_OUTPUT], kept[embedding]):
       raise checked.RefusedError(
-        f"{output} differs from {embedding}; for an untied model set"
-        " share_decoder_input_output_embed to False"
+        f"{_OUTPUT} differs from {embedding}; for an untied model set"
+        " share_decoder_input_output_embed, or that of the encoder, to False"
       )
-    del kept[output]
+    del kept[_OUTPUT]
   return kept
 
 

@@ -6,6 +6,7 @@ inside their storages.
 """
 
 import functools
+import json
 import math
 import os
 import pathlib
@@ -16,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.interop import pickles
 
 _TYPES = {
@@ -65,6 +66,52 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     raise checked.RefusedError(
       f"{path} is no safetensors file: {error}"
     ) from error
+
+
+def read_sharded(
+  path: str | os.PathLike, *, key: str | None = None
+) -> dict[str, np.ndarray]:
+  """Returns the tensors of all files that a .index.json file names.
+
+  Args:
+    path: such as model.safetensors.index.json, beside its .safetensors or torch
+      files.
+    key: see `read_pth`.
+
+  Raises:
+    ValueError: it is no such file, a name leads out of its folder, or a tensor
+      is not in its file.
+  """
+  path = storage.path(path)
+  try:
+    files = dict(json.loads(storage.read(path))["weight_map"])
+    parts = {str(name): [] for name in files.values()}
+  except (KeyError, TypeError, ValueError, RecursionError) as error:
+    raise checked.RefusedError(
+      f"{path} is no index of weights: it has no dictionary weight_map of names"
+      " of tensors and files"
+    ) from error
+  for name, part in files.items():
+    parts[str(part)].append(name)
+  state = {}
+  for part, names in parts.items():
+    if part != pathlib.PurePath(part).name or part in ("", "..", "."):
+      raise checked.RefusedError(
+        f"{path} names {part!r}, which is no file beside it"
+      )
+    file = path.with_name(part)
+    with storage.on_this_machine(file) as local:
+      if local.suffix == ".safetensors":
+        found = read_safetensors(local)
+      else:
+        found = read_pth(local, key=key)
+    missing = sorted(set(names) - found.keys())
+    if missing:
+      raise checked.RefusedError(
+        f"{file} has no tensor {missing[0]}, as {path} says"
+      )
+    state.update(found)
+  return state
 
 
 class _StorageType(pickles.Opaque):

@@ -103,7 +103,7 @@ class SlideEncoder(nn.Module):
       )
     mask = _real_tiles(num_tiles, tiles.shape[1])
     pooled = lambda x: self._pool(x, mask, pool)
-    x = self._embed(tiles, coords, deterministic)
+    x = self._embed(tiles, coords, mask, deterministic)
     first = pooled(x)
     x, others = self._apply_blocks(
       x, mask, deterministic, pooled if return_layers else None
@@ -127,7 +127,7 @@ class SlideEncoder(nn.Module):
     final LayerNorm applied. Features of padding are meaningless.
     """
     mask = _real_tiles(num_tiles, tiles.shape[1])
-    x = self._embed(tiles, coords, deterministic=True)
+    x = self._embed(tiles, coords, mask, deterministic=True)
     x, _ = self._apply_blocks(x, mask, deterministic=True, collect=None)
     x = self.encoder_norm(x)
     return {
@@ -136,10 +136,13 @@ class SlideEncoder(nn.Module):
       "features": self.final_norm(x[:, 1:].astype(jnp.float32)),
     }
 
-  def _embed(self, tiles, coords, deterministic):
+  def _embed(self, tiles, coords, mask, deterministic):
     """Returns the class token and the tiles, (B, 1 + T, D)."""
     config = self.config
     _check_shapes(tiles, coords, config.tile_dim)
+    if mask is not None:
+      # Weights of zero would not silence NaN, in values nor in gradients.
+      tiles = jnp.where(mask[..., None], tiles, jnp.zeros((), tiles.dtype))
     x = self.tile_embedding(tiles.astype(config.dtype))
     x = x + position_embedding(
       grid_cells(coords, config.tile_size), config.model_dim

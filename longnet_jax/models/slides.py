@@ -3,7 +3,8 @@
 A slide is the embeddings of its tiles and the coordinates of their upper left
 corners in pixels of the finest level (level 0), first x and then y, the origin
 in the corner of the slide. Coordinates in other units give plausible and wrong
-embeddings, which is why they are looked at here.
+embeddings, which is why they are looked at here. Tiles are of 20x, the level of
+training; on a slide scanned at 40x they lie 512 pixels of level 0 apart.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from longnet_jax.models import slide_encoder
 # Programs that rescale coordinates commonly map them to this range.
 _RESCALED_TO = 1000
 _FARTHEST = np.iinfo(np.int32).max
+# Where Prov-GigaPath's tiles are from, whatever level a slide begins with.
+_TRAINED_AT = "20x (0.5 micrometres a pixel)"
 
 
 class SlideWarning(UserWarning):
@@ -50,17 +53,22 @@ def check_slide(
 
   Warns:
     SlideWarning: all coordinates within [0, 1000], steps between tiles that
-      are no multiple of the tile size, tiles beyond the grid of training.
+      are no multiple of the tile size or all a larger one, tiles beyond the
+      grid of training.
   """
   tiles, coords = np.asarray(slide.tiles), np.asarray(slide.coords)
   _check_shapes(config, tiles, coords, name)
   for what, array in (("tiles", tiles), ("coords", coords)):
-    bad = np.flatnonzero(~np.isfinite(array).all(1))
+    with np.errstate(over="ignore"):  # what overflows is infinity and refused
+      bad = np.flatnonzero(~np.isfinite(array.astype(np.float32)).all(1))
     if bad.size:
       raise checked.RefusedError(
-        f"{name}: {what} of {bad.size} tiles have NaN or infinity, the first"
-        f" in row {bad[0]}; leave these tiles out"
+        f"{name}: {what} of {bad.size} tiles have NaN or infinity in float32,"
+        f" the first in row {bad[0]}; leave these tiles out"
       )
+  # Small types have no room for what they are compared with.
+  if coords.dtype.kind == "f":
+    coords = coords.astype(np.float64)
   if coords.min() < 0:
     raise checked.RefusedError(
       f"{name}: coords go down to {coords.min():g}; level-0 pixels begin at 0"
@@ -70,6 +78,8 @@ def check_slide(
       f"{name}: coords reach {coords.max():g}; level-0 pixels end before"
       f" {_FARTHEST:g}"
     )
+  if coords.dtype.kind != "f":
+    coords = coords.astype(np.int64)
   cells = coords // config.tile_size
   shared = len(coords) - len(np.unique(cells, axis=0))
   _check_scale(config, coords, shared, name)
@@ -199,8 +209,17 @@ def _check_duplicates(coords, name):
 
 def _warn_of_grid(config, coords, cells, shared, name):
   size = config.tile_size
-  steps = (coords - coords.min(0)) % size
-  if steps.any():
+  distances = (coords - coords.min(0)).astype(np.int64)
+  # Of a handful of tiles the distances may have a factor by chance.
+  step = np.gcd.reduce(distances, axis=None) if len(coords) > 8 else 0
+  if step > size and step % size == 0:
+    _warn(
+      f"{name}: tiles lie {step} pixels apart, {step // size} times the edge of"
+      " a tile; right if the slide was scanned at a finer level, as one at 40x"
+      " whose tiles are of 20x: the model was trained on tiles of"
+      f" {size} pixels at {_TRAINED_AT}, at positions in level-0 pixels"
+    )
+  if (distances % size).any():
     _warn(
       f"{name}: steps between tiles are no multiples of {size} pixels"
       + (f" and {shared} tiles share a position" if shared else "")

@@ -281,7 +281,10 @@ def embed(
   config: config_lib.LongNetConfig,
 ) -> Float[Array, "B T D"]:
   """Returns the rows of tokens; one outside the vocabulary becomes NaN."""
-  return jnp.take(embedding, tokens, axis=0).astype(config.dtype)
+  rows = embedding.at[tokens].get(
+    mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+  )
+  return rows.astype(config.dtype)
 
 
 def unembed(

@@ -31,8 +31,8 @@ def rope(
 ) -> Rotation:
   """Returns the tables of RoPE: angle_i = position * base ** (-2 i / H).
 
-  Accurate to 1e-6 of a radian at every position from 0 to 2^31 - 1. Source: Su
-  et al., arXiv 2104.09864.
+  Accurate to 1e-6 of a radian at every position from -2^31 to 2^31 - 1. Source:
+  Su et al., arXiv 2104.09864.
   """
   angles = _angles(positions, head_dim // 2, base)
   return Rotation(jnp.cos(angles), jnp.sin(angles), None)
@@ -94,7 +94,7 @@ def _rotate(x, cos, sin, scale):
   if scale is not None:
     cos, sin = cos * scale, sin * scale
   cos, sin = cos[:, :, None], sin[:, :, None]
-  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
   return turned.reshape(x.shape).astype(x.dtype)
@@ -110,6 +110,9 @@ def _angles(positions, num_pairs, base):
   high, low = _fixed_point_frequencies(num_pairs, base)
   position = positions.astype(jnp.uint32)[..., None]
   phase = position * high + _multiply_high(position, low)
+  # As an unsigned number a negative position is 2^32 too large, which counts
+  # in the low words alone.
+  phase -= jnp.where(positions[..., None] < 0, low, jnp.uint32(0))
   signed = lax.bitcast_convert_type(phase, jnp.int32)
   return signed.astype(jnp.float32) * jnp.float32(2 * math.pi / 2**32)
 

@@ -6,21 +6,35 @@ same program. Everything here does nothing in a process that is alone.
 
 from collections.abc import Mapping
 import hashlib
-import importlib.util
 import os
-import pathlib
 import re
 import sys
 import time
+import typing
 
 import jax
+from jax._src import distributed
 from jax.experimental import multihost_utils
 import numpy as np
 
 from longnet_jax import checked
+from longnet_jax.parallel import joining, liveness
 
+# The end of a process that has lost another one.
+LOST = 5
+# What Gloo, NCCL, gRPC and JAX's coordination say of a process that has gone.
+_GONE = re.compile(
+  r"Gloo|gloo/|NCCL (operation|communicator)|nccl(Remote|System)Error"
+  r"|remote process exited|[Cc]oordination ?[Ss]ervice|heartbeat"
+  r"|Connection (reset|closed|refused)|Socket closed|[Bb]arrier timed out"
+)
+# Seconds to wait for the others at the start, unless told otherwise.
+JOIN_TIMEOUT = 300
 # Seconds that a failed process 0 gives the others to fail in the same way.
 _PATIENCE = 5
+_watches = []  # of the other processes, once all have come
+
+LostError = liveness.LostError
 
 
 def start(
@@ -29,6 +43,7 @@ def start(
   process_id: int | None = None,
   *,
   fake_devices: int | None = None,
+  join_timeout: int = JOIN_TIMEOUT,
 ) -> None:
   """Joins this process to the others; call it before anything uses a device.
 
@@ -41,11 +56,17 @@ def start(
     num_processes: how many there are; 1 alone keeps a process from joining.
     process_id: this one's number, from 0.
     fake_devices: this many CPU devices in each process, to try a mesh out.
+    join_timeout: seconds until a process that has not come is given up.
 
   Raises:
-    ValueError: arguments that do not belong together, or nobody answered.
+    ValueError: arguments that do not belong together, or a port that is taken.
+    LostError: some process did not come in time.
   """
-  _check_arguments(coordinator, num_processes, process_id)
+  joining.check_arguments(coordinator, num_processes, process_id)
+  if join_timeout < 1:
+    raise checked.RefusedError(
+      f"join_timeout is {join_timeout}; choose 1 or more seconds"
+    )
   if fake_devices is not None:
     if fake_devices < 1:
       raise checked.RefusedError(
@@ -61,7 +82,7 @@ def start(
       "cluster_detection_method": "deactivate",
     }
   else:
-    found = None if num_processes == 1 else _found()
+    found = None if num_processes == 1 else joining.find()
   if found is None:
     return
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -69,15 +90,9 @@ def start(
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   # Its handler would swallow a SIGTERM during start-up.
   jax.config.update("jax_enable_preemption_service", False)
-  try:
-    jax.distributed.initialize(**found)
-  except (RuntimeError, ValueError, OSError) as error:
-    where = coordinator or "what the TPU pod or SLURM names"
-    raise checked.RefusedError(
-      f"cannot join the other processes at {where}: {_first_line(error)}; "
-      "start all processes, with an address and a free port of process 0 that "
-      "every host reaches, or give --num_processes=1 to run alone"
-    ) from error
+  joining.join(found, coordinator, join_timeout)
+  store, process = distributed.global_state.client, jax.process_index()
+  _watches.append(liveness.Liveness(store, process, _leave_lost))
 
 
 def is_first() -> bool:
@@ -98,6 +113,14 @@ def gather(array) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(np.asarray(array)))
 
 
+def text_of_first(text: str) -> str:
+  """The text of the first process on each of them, at most 500 bytes of it."""
+  if jax.process_count() == 1:
+    return text
+  row = np.frombuffer(text.encode()[:500].ljust(500), np.uint8)
+  return gather(row)[0].tobytes().decode(errors="ignore").rstrip()
+
+
 def check_equal(values: Mapping[str, str]) -> None:
   """Raises ValueError on every process unless all have the same texts."""
   digests = [hashlib.sha256(text.encode()).digest() for text in values.values()]
@@ -113,83 +136,37 @@ def check_equal(values: Mapping[str, str]) -> None:
       )
 
 
-def lost_another(error: BaseException) -> bool:
-  """Whether an error says that the connection to a process has broken."""
-  return isinstance(error, jax.errors.JaxRuntimeError) and bool(
-    re.search(r"[Gg]loo|coordination|heartbeat|[Cc]onnection|peer", str(error))
-  )
+def lost_another(error: BaseException | None) -> bool:
+  """Whether an error, or what it came from, is a process that has gone.
 
-
-def leave(code: int) -> None:
-  """Ends a process that failed.
-
-  Those that did not would wait for it in a collective for ever: its end tells
-  them. The end of process 0 aborts all, so that it lets the others go first.
+  Only the text tells: of one collective JAX raises a ValueError, of another a
+  JaxRuntimeError, and writing a checkpoint wraps either.
   """
-  if jax.distributed.is_initialized():
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.process_index() == 0:
-      time.sleep(_PATIENCE)
-    # Not sys.exit: what runs at exit waits for processes that do not come.
-    os._exit(code)
-  sys.exit(code)
+  while error is not None:
+    if _GONE.search(str(error)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
-def _check_arguments(coordinator, num_processes, process_id):
-  if num_processes is not None and num_processes < 1:
-    raise checked.RefusedError(
-      f"num_processes is {num_processes}; choose 1 or more"
-    )
-  if coordinator is None and process_id is None and num_processes in (None, 1):
-    return
-  given = {
-    "coordinator": coordinator,
-    "num_processes": num_processes,
-    "process_id": process_id,
-  }
-  missing = [f"--{name}" for name, value in given.items() if value is None]
-  if missing:
-    raise checked.RefusedError(
-      f"{' and '.join(missing)} not given; --coordinator=HOST:PORT, "
-      "--num_processes=N and --process_id=I go together, or leave all out on "
-      "a TPU pod, under SLURM and on one machine"
-    )
-  if not 0 <= process_id < num_processes:
-    raise checked.RefusedError(
-      f"process_id is {process_id}; choose 0 to {num_processes - 1}, as "
-      f"num_processes is {num_processes}"
-    )
-  host, _, port = coordinator.rpartition(":")
-  if not host or not port.isdigit() or not 0 < int(port) < 65536:
-    raise checked.RefusedError(
-      f"coordinator is {checked.shown(coordinator)}; give the host of process "
-      "0 and a free port, such as 10.0.0.1:8476"
-    )
+def leave(code: int) -> typing.NoReturn:
+  """Ends a process that failed, at once.
+
+  Processes that did not fail would wait for it in a collective for ever: its
+  end tells them. The end of process 0 aborts all, so that it lets the others
+  go first.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # Before all have come, asking who is first would wait for them.
+  if _watches and jax.process_index() == 0:
+    time.sleep(_PATIENCE)
+  # Not sys.exit: what runs at exit waits for processes that do not come, and
+  # for threads of a failed save.
+  os._exit(code)
 
 
-def _found() -> dict | None:
-  """Arguments of jax.distributed.initialize, or None where it is not needed."""
-  environment = os.environ
-  if int(environment.get("SLURM_NTASKS", 1)) > 1 and (
-    "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment
-  ):
-    found = {"cluster_detection_method": "slurm"}
-    per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
-    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
-    # JAX takes one GPU a task, which here would leave the others idle.
-    if re.fullmatch(r"1(\(x\d+\))?", per_node) and gpus.isdigit():
-      found["local_device_ids"] = list(range(int(gpus)))
-    return found
-  platforms = environment.get("JAX_PLATFORMS", "")
-  if jax.config.jax_platforms == "cpu" or platforms == "cpu":
-    return None
-  devices = pathlib.Path("/dev")
-  chips = [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]
-  if chips and importlib.util.find_spec("libtpu"):
-    return {}
-  return None
-
-
-def _first_line(error: BaseException) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _leave_lost(who: str) -> None:
+  text = f"{who} has not been heard of for {liveness.PATIENCE:.0f} seconds: "
+  print(f"error: {text}{LostError()}", file=sys.stderr)
+  leave(LOST)

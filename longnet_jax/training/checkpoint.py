@@ -9,8 +9,7 @@ parameters can be read without the rest:
   config      every setting of the run, as JSON
   tokenizer   what maps text to tokens, as JSON
   data        fingerprints of the windows, as JSON
-  checksums   fingerprints of params and opt_state, as JSON: orbax restores
-              changed bytes without a word
+  checksums   the step and a digest of each other item, see checksums.py
   metrics     validation results at this step, where there are any
 
 Of several processes each writes its part of the arrays and all of them call
@@ -18,72 +17,48 @@ the same methods in the same order.
 """
 
 import contextlib
-import pathlib
+import secrets
 import shutil
+import threading
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from longnet_jax import checked
+from longnet_jax import storage
 from longnet_jax.models import config as model_config
 from longnet_jax.models import longvit, slide_encoder
 from longnet_jax.parallel import hosts
+from longnet_jax.training import checkpoint_error, checksums, orbax_items
 from longnet_jax.training import state as state_lib
 
-_BEST_BY = "loss"
-_MANAGERS = ocp.checkpoint_managers
-_STATE_ITEMS = ("params", "opt_state", "train")
-_JSON_ITEMS = ("config", "tokenizer", "data", "checksums")
 # The key of the item "config" that holds the model's settings, and their class.
 MODEL_KEYS = {
   "model": model_config.LongNetConfig,
   "slide_encoder": slide_encoder.SlideEncoderConfig,
   "longvit": longvit.LongViTConfig,
 }
+# Seconds that what is left of a failed save gets to end.
+_PATIENCE = 5
 
-
-class CheckpointError(checked.RefusedError):
-  """A checkpoint that cannot be written or read, and what to do."""
+CheckpointError = checkpoint_error.CheckpointError
+WriteError = checkpoint_error.WriteError
 
 
 class Checkpoints:
   """The series of checkpoints of one workdir; writes happen in background."""
 
-  def __init__(self, workdir, *, max_to_keep: int = 1, read_only=False):
-    self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+  def __init__(
+    self, workdir, *, max_to_keep: int = 1, keep_every: int = 0, read_only=False
+  ):
+    self.folder = folder(workdir)
     self._read_only = read_only
-    keep = _MANAGERS.AnyPreservationPolicy(
-      [
-        _MANAGERS.LatestN(max_to_keep),
-        _MANAGERS.BestN(
-          get_metric_fn=lambda metrics: metrics[_BEST_BY],
-          reverse=True,
-          n=1,
-          keep_checkpoints_without_metrics=False,
-        ),
-      ]
-    )
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=keep,
-      best_fn=lambda metrics: metrics[_BEST_BY],
-      best_mode="min",
-      create=not read_only,
-      read_only=read_only,
-      cleanup_tmp_directories=not read_only,
-    )
-    handlers = ocp.DefaultCheckpointHandlerRegistry()
-    for item in _STATE_ITEMS:
-      handlers.add(item, ocp.args.StandardSave, ocp.StandardCheckpointHandler())
-      handlers.add(
-        item, ocp.args.StandardRestore, ocp.StandardCheckpointHandler()
-      )
-    for item in _JSON_ITEMS:
-      handlers.add(item, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-      handlers.add(item, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-    with _explained(f"cannot open {self.folder}"):
-      self._manager = ocp.CheckpointManager(
-        self.folder, options=options, handler_registry=handlers
+    with checkpoint_error.explained(f"cannot open {self.folder}"):
+      self._manager = orbax_items.open_manager(
+        self.folder,
+        max_to_keep=max_to_keep,
+        keep_every=keep_every,
+        read_only=read_only,
       )
 
   def __enter__(self):
@@ -96,8 +71,10 @@ class Checkpoints:
       if kind is None:
         self.wait()
     finally:
-      with contextlib.suppress(Exception):  # said before, or by wait
-        self._manager.close()
+      # After a failed save threads of orbax wait minutes for one another.
+      closing = threading.Thread(target=self._close, daemon=True)
+      closing.start()
+      closing.join(None if kind is None else _PATIENCE)
       self._remove_unfinished()
 
   def steps(self) -> list[int]:
@@ -115,7 +92,9 @@ class Checkpoints:
     if which == "latest":
       return steps[-1]
     if which == "best":
-      scored = [(m[_BEST_BY], s) for s in steps if (m := self.metrics(s))]
+      scored = [
+        (m[orbax_items.BEST_BY], s) for s in steps if (m := self.metrics(s))
+      ]
       return min(scored)[1] if scored else steps[-1]
     if which not in steps:
       raise CheckpointError(
@@ -125,8 +104,22 @@ class Checkpoints:
     return which
 
   def metrics(self, step: int) -> dict[str, float] | None:
-    """Validation results saved with a step."""
-    return self._manager.metrics(step)
+    """Validation results saved with a step; CheckpointError if changed."""
+    with self._reading(step, "validation results of"):
+      found = self._manager.metrics(step)
+      checksums.check(
+        self._recorded(step),
+        checksums.of_json(metrics=orbax_items.plain(found)),
+      )
+    return found
+
+  def set_aside(self, step: int) -> storage.Path:
+    """Moves a step out of the series; returns where to."""
+    place = self.folder.parent / f"damaged-{step}-{secrets.token_hex(2)}"
+    with self._writing():
+      (self.folder / str(step)).rename(place)
+      self._manager.reload()
+    return place
 
   def save(
     self,
@@ -139,15 +132,13 @@ class Checkpoints:
 
     `records` are the JSON items; `validation` has at least a "loss".
     """
-    records = records | _checksums(
-      params=state.params, opt_state=state.opt_state
+    validation = orbax_items.plain(validation)
+    arrays = dict(
+      params=state.params,
+      opt_state=state.opt_state,
+      train={"step": state.step, "rng": state.rng},
     )
-    items = dict(
-      params=ocp.args.StandardSave(state.params),
-      opt_state=ocp.args.StandardSave(state.opt_state),
-      train=ocp.args.StandardSave({"step": state.step, "rng": state.rng}),
-      **{name: ocp.args.JsonSave(value) for name, value in records.items()},
-    )
+    items = orbax_items.to_save(step, arrays, records, validation)
     with self._writing():
       self._manager.wait_until_finished()
       check_space(self.folder, state)
@@ -157,11 +148,7 @@ class Checkpoints:
 
   def save_params(self, params, records: dict[str, dict]) -> None:
     """Writes parameters that were not trained here, as step 0."""
-    records = records | _checksums(params=params)
-    items = dict(
-      params=ocp.args.StandardSave(params),
-      **{name: ocp.args.JsonSave(value) for name, value in records.items()},
-    )
+    items = orbax_items.to_save(0, {"params": params}, records, None)
     with self._writing():
       self._manager.save(0, args=ocp.args.Composite(**items))
     self.wait()
@@ -177,14 +164,18 @@ class Checkpoints:
     )
     arguments = {k: ocp.args.StandardRestore(v) for k, v in targets.items()}
     items = self._restore(step, arguments)
-    self._verify(step, params=items["params"], opt_state=items["opt_state"])
+    self._verify(step, checksums.of_arrays(**{k: items[k] for k in targets}))
+    with self._reading(step):
+      checksums.check_step({"step": int(items["train"]["step"])}, step)
     return state_lib.TrainState(
       params=items["params"], opt_state=items["opt_state"], **items["train"]
     )
 
   def restore_json(self, step: int, item: str) -> dict:
     """The item "config", "tokenizer" or "data" of a step."""
-    return self._restore(step, {item: ocp.args.JsonRestore()})[item]
+    value = self._restore(step, {item: ocp.args.JsonRestore()})[item]
+    self._verify(step, checksums.of_json(**{item: value}))
+    return value
 
   def restore_params(self, step: int, sharding=None) -> dict[str, Any]:
     """Parameters alone, on a device of this host unless a sharding is given."""
@@ -200,7 +191,7 @@ class Checkpoints:
       )
     arguments = {"params": ocp.args.StandardRestore(target)}
     params = self._restore(step, arguments)["params"]
-    self._verify(step, params=params)
+    self._verify(step, checksums.of_arrays(params=params))
     return params
 
   def wait(self) -> None:
@@ -209,18 +200,27 @@ class Checkpoints:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
 
-  def _verify(self, step, **trees):
-    """Raises CheckpointError where restored arrays are not those saved."""
-    saved = self.restore_json(step, "checksums")
-    found = _checksums(**trees)["checksums"]
+  def _close(self):
+    with contextlib.suppress(Exception):  # said before, or by wait
+      self._manager.close()
+
+  def _verify(self, step, found: dict[str, str]):
+    """Raises CheckpointError where restored items are not those saved."""
     with self._reading(step):
-      for name in saved.keys() & found.keys():
-        if saved[name] != found[name]:
-          raise ValueError(f"the bytes of {name} have changed since the save")
+      checksums.check(self._recorded(step), found)
+
+  def _recorded(self, step) -> dict:
+    """The item "checksums" of a step, once it is known to be this step's."""
+    arguments = ocp.args.Composite(checksums=ocp.args.JsonRestore())
+    saved = self._manager.restore(step, args=arguments)["checksums"]
+    checksums.check_step(saved, step)
+    return saved
 
   def _remove_unfinished(self):
     """Removes what a failed write has left; a full disk gets its space back."""
-    if not self._read_only and hosts.is_first():
+    if self._read_only or storage.is_remote(self.folder):
+      return  # of a bucket the next start removes it
+    if hosts.is_first():
       for folder in self.folder.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -229,22 +229,38 @@ class Checkpoints:
       return self._manager.restore(step, args=ocp.args.Composite(**arguments))
 
   def _writing(self):
-    return _explained(
+    advice = "free some space or choose another workdir"
+    if storage.is_remote(self.folder):
+      advice = "check the bucket, the credentials and the network"
+    return checkpoint_error.explained(
       f"cannot write a checkpoint into {self.folder}",
-      "free some space or choose another workdir, then start again: it "
-      "resumes from the last complete checkpoint",
+      f"{advice}, then start again: it resumes from the last complete "
+      "checkpoint",
+      kind=WriteError,
     )
 
-  def _reading(self, step):
+  def _reading(self, step, what="checkpoint"):
     others = [s for s in self.steps() if s != step]
+    before = [s for s in others if s < step] or others
     advice = (
-      f"delete that folder to go on from step {others[-1]}"
-      if others
+      f"train with --fallback to go on from step {before[-1]}, or read with "
+      f"--checkpoint={before[-1]}"
+      if before
       else "no other step is left: start in an empty workdir"
     )
-    return _explained(
-      f"cannot read checkpoint {self.folder / str(step)}", advice
+    problem = f"cannot read {what} {self.folder / str(step)}"
+    return checkpoint_error.explained(problem, advice)
+
+
+def folder(workdir) -> storage.Path:
+  """Where a workdir has its checkpoints; CheckpointError if it cannot."""
+  path = storage.absolute(workdir)
+  if storage.is_remote(path) and not str(path).startswith("gs://"):
+    raise CheckpointError(
+      f"workdir {path}: arrays go to gs:// or to a file system only; use one "
+      "of these, such as the bucket mounted as a folder"
     )
+  return path / "checkpoints"
 
 
 def load_checkpoint(
@@ -264,52 +280,30 @@ def load_checkpoint(
   return MODEL_KEYS[key].from_dict(config[key]), params
 
 
-def check_space(folder: pathlib.Path, tree) -> None:
+def check_space(where: storage.Path, tree) -> None:
   """Raises OSError where the disk may not hold the arrays of a tree.
 
-  Twice their bytes: orbax writes shares of a process and then joins them.
+  Twice their bytes: orbax writes shares of a process and then joins them. A
+  bucket has no end.
   """
-  while not folder.exists():
-    folder = folder.parent
+  if storage.is_remote(where):
+    return
+  while not where.exists():
+    where = where.parent
   leaves = jax.tree.leaves(tree)
   size = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-  free = shutil.disk_usage(folder).free
+  free = shutil.disk_usage(where).free
   if free < size:
     raise OSError(
-      f"a checkpoint needs {size:,} bytes and the disk of {folder} has "
+      f"a checkpoint needs {size:,} bytes and the disk of {where} has "
       f"{free:,} left"
     )
 
 
-def _checksums(**trees) -> dict[str, dict[str, str]]:
-  """The item "checksums"."""
-  return {
-    "checksums": {
-      name: state_lib.fingerprint(tree) for name, tree in trees.items()
-    }
-  }
-
-
 def open_to_read(workdir) -> Checkpoints:
   """The checkpoints of an existing workdir, which is left unchanged."""
-  folder = pathlib.Path(workdir) / "checkpoints"
-  if not folder.is_dir():
+  if not storage.is_dir(folder(workdir)):
     raise CheckpointError(
       f"{workdir} holds no checkpoints; give the --workdir of a training run"
     )
   return Checkpoints(workdir, read_only=True)
-
-
-@contextlib.contextmanager
-def _explained(problem: str, advice: str = ""):
-  """Turns whatever orbax and the file system raise into one line."""
-  try:
-    yield
-  except CheckpointError:
-    raise
-  except Exception as error:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    if "RESOURCE_EXHAUSTED" in reason or "No space left" in reason:
-      reason = "the disk is full"
-    line = f"{problem}: {reason}"
-    raise CheckpointError(f"{line}; {advice}" if advice else line) from error

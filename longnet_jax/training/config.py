@@ -4,6 +4,8 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Annotated, Any, Literal
 
+import ml_collections
+
 from longnet_jax import checked
 from longnet_jax.data import config as data_config
 from longnet_jax.models import config as model_config
@@ -11,6 +13,7 @@ from longnet_jax.models import config as model_config
 # What float32 holds; a larger rate diverges before it overflows.
 _Rate = Annotated[float, checked.Range(above=0, at_most=1e38)]
 _RateOrZero = Annotated[float, checked.Range(at_least=0, at_most=1e38)]
+_Minutes = Annotated[float, checked.Range(at_least=0, at_most=1e6)]
 _Power = Annotated[float, checked.Range(above=0, at_most=100)]
 
 
@@ -28,7 +31,15 @@ class TrainingConfig:
     eval_every: steps from one validation to the next.
     eval_batches: batches of the validation split, the same ones each time.
     checkpoint_every: steps from one checkpoint to the next.
+    checkpoint_minutes: minutes after which there is a checkpoint, too; 0 is
+      never.
     max_to_keep: latest checkpoints, beside the best by validation.
+    keep_every: steps whose multiples are kept for ever; 0 keeps none.
+    max_skipped: updates in a row that may be left out because the loss or the
+      gradient is not finite. The schedule does not count them.
+    watchdog_minutes: minutes without an end of anything after which the stacks
+      of all threads are shown; 0 is never.
+    watchdog_ends: whether the process ends then.
   """
 
   steps: checked.Count = 300_000
@@ -39,7 +50,12 @@ class TrainingConfig:
   eval_every: checked.Count = 1000
   eval_batches: checked.Count = 16
   checkpoint_every: checked.Count = 1000
+  checkpoint_minutes: _Minutes = 0.0
   max_to_keep: checked.Count = 3
+  keep_every: checked.CountOrZero = 0
+  max_skipped: checked.CountOrZero = 0
+  watchdog_minutes: _Minutes = 30.0
+  watchdog_ends: bool = False
 
   def __post_init__(self):
     checked.check_fields(self)
@@ -137,7 +153,9 @@ class ExperimentConfig:
     checked.check_fields(self)
 
 
-def build(settings: Mapping[str, Any]) -> ExperimentConfig:
+def build(
+  settings: Mapping[str, Any] | ml_collections.ConfigDict,
+) -> ExperimentConfig:
   """The experiment that a ConfigDict or a nested dict of settings describes.
 
   Raises RefusedError naming the key: an unknown one with its nearest neighbour,

@@ -1,9 +1,12 @@
 """Pictures of how runs went, from their records."""
 
 from collections.abc import Mapping, Sequence
+import io
 
 from matplotlib import figure
 import numpy as np
+
+from longnet_jax import storage
 
 # Okabe and Ito's colours, told apart by every kind of eye.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -37,7 +40,14 @@ def draw_losses(runs: Mapping[str, Sequence[dict]], path) -> None:
     axes.grid(alpha=0.3)
     if len(runs) > 1:
       axes.legend()
-  picture.savefig(path, dpi=120)
+  save(picture, path)
+
+
+def save(picture: figure.Figure, path) -> None:
+  """Writes a picture as PNG, on this machine or into a bucket."""
+  image = io.BytesIO()
+  picture.savefig(image, dpi=120, format="png")
+  storage.write_whole(storage.path(path), image.getvalue())
 
 
 def smooth(values: np.ndarray, *, share: float = 0.05) -> np.ndarray:

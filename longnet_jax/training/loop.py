@@ -3,16 +3,16 @@
 import contextlib
 import dataclasses
 import functools
-import pathlib
 import signal
+import sys
 
 import jax
 import numpy as np
 
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.data import pipeline
 from longnet_jax.parallel import hosts, sharding
-from longnet_jax.training import checkpoint, curves, stopping
+from longnet_jax.training import checkpoint, curves, lease, stopping, watchdog
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import metrics as metrics_lib
 from longnet_jax.training import report as report_lib
@@ -32,43 +32,66 @@ class Result:
 
 
 def train(
-  config: config_lib.ExperimentConfig, workdir, *, stream=None
+  config: config_lib.ExperimentConfig,
+  workdir,
+  *,
+  stream=None,
+  fallback: bool = False,
 ) -> Result:
   """Trains in `workdir` until `training.steps`, from its last checkpoint on.
 
+  With `fallback` that is the last one that can be read.
+
   Raises ValueError for settings that cannot work or belong to another run,
   CheckpointError where one cannot be read or written, and DivergedError where
-  the loss stops being finite. SIGTERM and SIGINT save and return early. Of
-  several processes (`hosts.start`) all call it with the same arguments and get
-  the same result; the first one writes the records.
+  the loss stops being finite. SIGTERM, SIGINT and SIGHUP save and return early.
+  Of several processes (`hosts.start`) all call it with the same arguments and
+  get the same result; the first one writes the records.
   """
   settings = dataclasses.asdict(config)
+  checkpoint.folder(workdir)  # or the checkpoints could lie nowhere
   workdir_lib.check(workdir, settings)
   run = run_lib.make_run(config, workdir_lib.tokenizer_path(workdir))
-  checkpoint.check_space(pathlib.Path(workdir).absolute(), run.abstract_state)
+  checkpoint.check_space(storage.absolute(workdir), run.abstract_state)
   hosts.check_equal(
     {"config": workdir_lib.comparable(settings), **run.fingerprints}
   )
-  records = workdir_lib.write_records(workdir, settings, run)
-  keep = config.training.max_to_keep
-  with checkpoint.Checkpoints(workdir, max_to_keep=keep) as checkpoints:
-    state, start = restore_or_init(run, checkpoints)
-    save = functools.partial(checkpoints.save, records=records)
+  with lease.hold(workdir) as check_lease:
+    workdir_lib.check(workdir, settings)  # now that nobody else may write it
+    records = workdir_lib.write_records(workdir, settings, run)
+    result = _train(run, workdir, records, check_lease, stream, fallback)
+    if hosts.is_first():
+      curves.draw_losses(
+        {"": metrics_lib.read_metrics(workdir)},
+        workdir_lib.loss_picture_path(workdir),
+      )
+  return result
+
+
+def _train(run, workdir, records, check_lease, stream, fallback) -> Result:
+  """Trains a run whose workdir is ours and has its records."""
+  training = run.config.training
+  with checkpoint.Checkpoints(
+    workdir, max_to_keep=training.max_to_keep, keep_every=training.keep_every
+  ) as checkpoints:
+    state, start = restore_or_init(run, checkpoints, fallback=fallback)
+
+    def save(step, state, validation):
+      check_lease()
+      writer.flush()  # what a later start keeps is on record before
+      checkpoints.save(step, state, records, validation)
+
     with metrics_lib.open_writer(
-      workdir, start=start, total=config.training.steps, stream=stream
+      workdir, start=start, total=training.steps, stream=stream
     ) as writer:
       writer.say(run.describe())
       with stopping.catch_signals() as caught, _naming_last_good(checkpoints):
-        stop = stopping.Stop(run.mesh, caught)
+        minutes = training.checkpoint_minutes
+        stop = stopping.Stop(run.mesh, caught, save_minutes=minutes)
         state = run_steps(run, state, start, writer, save, stop)
     checkpoints.wait()
     step = int(state.step)
     validation = checkpoints.metrics(step) or {}
-  if hosts.is_first():
-    curves.draw_losses(
-      {"": metrics_lib.read_metrics(workdir)},
-      workdir_lib.loss_picture_path(workdir),
-    )
   return Result(
     step=step,
     fingerprint=state_lib.fingerprint(state.params),
@@ -78,12 +101,36 @@ def train(
 
 
 def restore_or_init(
-  run: run_lib.Run, checkpoints: checkpoint.Checkpoints
+  run: run_lib.Run, checkpoints: checkpoint.Checkpoints, *, fallback=False
 ) -> tuple[state_lib.TrainState, int]:
-  """The state to go on from and the number of steps it has done."""
-  if not checkpoints.steps():
-    return run.init(), 0
-  step = checkpoints.find("latest")
+  """The state to go on from and the number of steps it has done.
+
+  With `fallback` checkpoints that cannot be read are set aside, if one can.
+  """
+  if fallback and jax.process_count() > 1:
+    raise checked.RefusedError(
+      "--fallback is for one process, as only some of several may fail to read "
+      "a checkpoint; move the damaged folder out of the workdir instead"
+    )
+  found, damaged = None, {}
+  for step in reversed(checkpoints.steps()):
+    try:
+      # The next save keeps the best by these and deletes others.
+      checkpoints.metrics(step)
+      found = found or (_restore(run, checkpoints, step), step)
+    except checkpoint.CheckpointError as error:
+      if not fallback:
+        raise
+      damaged[step] = error
+  if damaged and not found:
+    raise damaged[min(damaged)]
+  for step in damaged:
+    place = checkpoints.set_aside(step)
+    print(f"step {step} cannot be read: moved to {place}", file=sys.stderr)
+  return found or (run.init(), 0)
+
+
+def _restore(run, checkpoints, step) -> state_lib.TrainState:
   recorded = checkpoints.restore_json(step, "data")
   for name, value in run.fingerprints.items():
     if recorded[name] != value:
@@ -92,14 +139,19 @@ def restore_or_init(
         f"now {value}; bring back the files it was made from or choose "
         "another --workdir"
       )
-  return checkpoints.restore(step, run.abstract_state), step
+  return checkpoints.restore(step, run.abstract_state)
 
 
 def run_steps(run, state, start, writer, save, stop) -> state_lib.TrainState:
   """Trains to the last step, or to the step during which a signal came."""
   training = run.config.training
   report = report_lib.Report(run, writer)
-  with contextlib.closing(_batches(run, start)) as batches:
+  with (
+    contextlib.closing(_batches(run, start)) as batches,
+    watchdog.Watchdog(
+      training.watchdog_minutes, ends=training.watchdog_ends
+    ) as watch,
+  ):
     for step, batch in enumerate(batches, start + 1):
       placed = run.place(batch)
       state, metrics = run.train_step(state, placed)
@@ -107,15 +159,20 @@ def run_steps(run, state, start, writer, save, stop) -> state_lib.TrainState:
       if step % training.log_every == 0 and run.mixing_step:
         metrics["mixing"] = run.mixing_step(state.params, placed)
       report.hold(step, metrics)
+      watch.done(step)
       validation = None
       if step % training.eval_every == 0 or step == training.steps:
         validation = report.flush(
           functools.partial(evaluate, run, state.params)
         )
-      if last or step % training.checkpoint_every == 0:
+        watch.done(step)
+      due = step % training.checkpoint_every == 0 or stop.save_is_due
+      if last or due:
         report.flush()
         with report.paused():
           save(step, state, validation=validation)
+        stop.saved()
+        watch.done(step)
       if last:
         break
   if stop.signal:

@@ -2,32 +2,88 @@
 
 import importlib.util
 import json
-import pathlib
+import os
 import sys
 import time
 
 import tqdm
 
+from longnet_jax import checked, storage
 from longnet_jax.parallel import hosts
-from longnet_jax.training import workdir as workdir_lib
+
+# Seconds between two times that a bucket gets the records.
+_PATIENCE = 30
 
 
-def metrics_path(workdir) -> pathlib.Path:
+def metrics_path(workdir) -> storage.Path:
   """The JSONL file of a run, one record a line with its step."""
-  return pathlib.Path(workdir) / "metrics.jsonl"
+  return storage.path(workdir) / "metrics.jsonl"
 
 
 def read_metrics(workdir) -> list[dict]:
-  """All records of a run in order; a line cut off by a kill is left out."""
+  """All records of a run in order; a line cut off by a kill is left out.
+
+  Raises ValueError naming the first line that is no record.
+  """
   path = metrics_path(workdir)
+  if not storage.exists(path):
+    return []
   records = []
-  if path.exists():
-    for line in path.read_text().splitlines():
-      try:
-        records.append(json.loads(line))
-      except json.JSONDecodeError:
-        continue
+  for number, line in enumerate(storage.read(path).splitlines(), 1):
+    try:
+      record = json.loads(line.decode())
+    except json.JSONDecodeError:
+      continue
+    except UnicodeDecodeError:
+      record = None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+      raise checked.RefusedError(
+        f"line {number} of {path} is no record of a run; remove the line or "
+        "restore the file"
+      )
+    records.append(record)
   return records
+
+
+class _File:
+  """Lines in a file, there as soon as they are added."""
+
+  def __init__(self, path: storage.Path, lines: list[str]):
+    storage.write_whole(path, "".join(lines))
+    self._file = path.open("a")
+
+  def add(self, line: str) -> None:
+    self._file.write(line)
+    self._file.flush()
+
+  def flush(self) -> None:
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class _Object:
+  """Lines in a bucket, which cannot append: all are written again at times."""
+
+  def __init__(self, path: storage.Path, lines: list[str]):
+    self._path, self._lines = path, lines
+    self._pending = True
+    self.flush()
+
+  def add(self, line: str) -> None:
+    self._lines.append(line)
+    self._pending = True
+    if time.monotonic() > self._written + _PATIENCE:
+      self.flush()
+
+  def flush(self) -> None:
+    if self._pending:
+      storage.write_whole(self._path, "".join(self._lines))
+      self._written, self._pending = time.monotonic(), False
+
+  def close(self) -> None:
+    self.flush()
 
 
 class Writer:
@@ -41,8 +97,8 @@ class Writer:
     kept = [r for r in read_metrics(workdir) if r["step"] <= start]
     path = metrics_path(workdir)
     lines = [json.dumps(record) + "\n" for record in kept]
-    workdir_lib.write_whole(path, "".join(lines))
-    self._file = path.open("a")
+    kind = _Object if storage.is_remote(path) else _File
+    self._file = kind(path, lines)
     self._board = _open_tensorboard(workdir, start)
     self._progress = Progress(start, total, stream or sys.stdout)
     self.advance, self.say = self._progress.advance, self._progress.say
@@ -55,12 +111,15 @@ class Writer:
 
   def record(self, step: int, values: dict[str, float]) -> None:
     """Appends a record and shows it."""
-    self._file.write(json.dumps({"step": step, **values}) + "\n")
-    self._file.flush()
+    self._file.add(json.dumps({"step": step, **values}) + "\n")
     if self._board is not None:
       for name, value in values.items():
         self._board.add_scalar(name, value, step)
     self._progress.show(step, values)
+
+  def flush(self) -> None:
+    """Returns when what was recorded would outlive this machine."""
+    self._file.flush()
 
   def close(self) -> None:
     """Closes the files and ends the progress line."""
@@ -81,6 +140,9 @@ class SilentWriter:
 
   def record(self, step: int, values: dict[str, float]) -> None:
     """Does nothing, as do the others."""
+
+  def flush(self) -> None:
+    """Has nothing to write."""
 
   def advance(self, step: int) -> None:
     """Shows nothing."""
@@ -161,5 +223,5 @@ def _open_tensorboard(workdir, start):
   import tensorboardX
 
   return tensorboardX.SummaryWriter(
-    str(pathlib.Path(workdir) / "tensorboard"), purge_step=start + 1
+    str(storage.path(workdir) / "tensorboard"), purge_step=start + 1
   )

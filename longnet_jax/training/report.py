@@ -27,6 +27,7 @@ class Report:
     self._run, self._writer = run, writer
     self._held = None
     self._tokens, self._since = 0.0, None
+    self._skipped = self._skipped_in_a_row = 0
     peak = chips.peak_flops(run.mesh.devices.flat[0])
     self._peak = peak and peak * run.mesh.size
 
@@ -43,9 +44,8 @@ class Report:
     if self._held is None:
       return None
     (step, metrics), self._held = self._held, None
-    values = _scalars(jax.device_get(metrics))
-    _check_finite(step, values)
-    self._count(values.pop("tokens"))
+    values = self._without_skipped(step, _scalars(jax.device_get(metrics)))
+    self._count(values.pop("tokens", 0.0))
     self._writer.advance(step)
     due = step % self._run.config.training.log_every == 0
     if not due and validate is None:
@@ -56,10 +56,23 @@ class Report:
     if validate is not None:
       with self.paused():
         validation = validate()
-      values |= {f"validation_{k}": v for k, v in validation.items()}
-      _check_finite(step, values)
+      found = {f"validation_{k}": v for k, v in validation.items()}
+      _check_finite(step, found)
+      values |= found
     self._writer.record(step, values)
     return validation
+
+  def _without_skipped(self, step: int, values: dict) -> dict:
+    """The finite values of a step; DivergedError where all must be."""
+    row = self._skipped_in_a_row + 1 if values.pop("skipped", 0) else 0
+    self._skipped_in_a_row = row
+    if not row or row > self._run.config.training.max_skipped:
+      _check_finite(step, values)
+    else:
+      self._skipped += 1
+    if self._skipped:
+      values["skipped"] = self._skipped  # since the start of this process
+    return {k: v for k, v in values.items() if math.isfinite(v)}
 
   @contextlib.contextmanager
   def paused(self):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import os
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.analysis import costs
 from longnet_jax.data import pipeline, tokenizers
 from longnet_jax.models import attention, transformer
@@ -107,6 +106,7 @@ def make_run(config: config_lib.ExperimentConfig, tokenizer_path) -> Run:
     optimizer,
     loss_chunk=training.loss_chunk,
     accumulation_steps=training.accumulation_steps,
+    may_skip=training.max_skipped > 0,
   )
   eval_step = step_lib.make_eval_step(
     model,
@@ -139,7 +139,7 @@ def make_tokenizer(
   config: config_lib.ExperimentConfig, path
 ) -> tokenizers.Tokenizer:
   """The tokenizer kept at `path`, else the one the data settings ask for."""
-  if os.path.exists(path):
+  if storage.exists(storage.path(path)):
     return tokenizers.load(path)
   return pipeline.make_tokenizer(config.data)
 

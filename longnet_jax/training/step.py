@@ -25,6 +25,7 @@ def make_train_step(
   *,
   loss_chunk: int,
   accumulation_steps: int = 1,
+  may_skip: bool = False,
 ) -> Callable[
   [state_lib.TrainState, Batch], tuple[state_lib.TrainState, Metrics]
 ]:
@@ -32,7 +33,8 @@ def make_train_step(
 
   The loss is the mean over every counted token of the batch. In parts, sums of
   losses, weights and gradients are added and divided once at the end, so the
-  update does not depend on how the batch was cut.
+  update does not depend on how the batch was cut. With `may_skip` an update
+  that is not finite is left out, and the metric "skipped" is 1.
   """
 
   def loss_sum(params, batch, key):
@@ -82,6 +84,15 @@ def make_train_step(
       "gradient_norm": optax.tree.norm(gradients),
     }
     params = optax.apply_updates(state.params, updates)
+    if may_skip:
+      total = metrics["loss"] + metrics["gradient_norm"]
+      finite = jnp.isfinite(total)
+      metrics["skipped"] = 1 - finite.astype(jnp.float32)
+      params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+      )
     return state._replace(
       step=state.step + 1, params=params, opt_state=opt_state
     ), metrics

@@ -3,51 +3,59 @@
 config.json     every setting of the run
 tokenizer.json  what maps text to tokens
 metrics.jsonl   one record a line
+owner.json      which process trains in it, see lease.py
 loss.png        its curves
 checkpoints/    see checkpoint.py
 """
 
 import fnmatch
 import json
-import os
-import pathlib
 import secrets
-import tempfile
 
 import numpy as np
 
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.parallel import hosts
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import run as run_lib
 
 # Settings whose values may differ between hosts, too: where their copies lie.
 _PLACES = ("data.data_dir", "data.cache_dir")
-# Settings that a later start may change: how far to go, on which devices, and
-# where copies of the data lie. All others shape the parameters or their record.
-_FREE = ("training.steps", "mesh.*", *_PLACES)
+# Settings that a later start may change: how far to go, on which devices, where
+# copies of the data lie, what is kept and when to worry. All others shape the
+# parameters or their record.
+_FREE = (
+  "training.steps",
+  "training.checkpoint_minutes",
+  "training.max_to_keep",
+  "training.keep_every",
+  "training.max_skipped",
+  "training.watchdog_*",
+  "mesh.*",
+  *_PLACES,
+)
 
 
-def config_path(workdir) -> pathlib.Path:
+def config_path(workdir) -> storage.Path:
   """The JSON file of a run's settings."""
-  return pathlib.Path(workdir) / "config.json"
+  return storage.path(workdir) / "config.json"
 
 
-def tokenizer_path(workdir) -> pathlib.Path:
+def tokenizer_path(workdir) -> storage.Path:
   """The file of a run's tokenizer."""
-  return pathlib.Path(workdir) / "tokenizer.json"
+  return storage.path(workdir) / "tokenizer.json"
 
 
-def loss_picture_path(workdir) -> pathlib.Path:
+def loss_picture_path(workdir) -> storage.Path:
   """The picture of a run's losses."""
-  return pathlib.Path(workdir) / "loss.png"
+  return storage.path(workdir) / "loss.png"
 
 
 def read_config(workdir) -> config_lib.ExperimentConfig:
   """The settings that a workdir was trained with."""
   path = config_path(workdir)
-  if not path.exists():
-    if (pathlib.Path(workdir) / "checkpoints").is_dir():
+  if not storage.exists(path):
+    if storage.is_dir(path.parent / "checkpoints"):
       raise checked.RefusedError(
         f"{workdir} holds no language model; read an imported encoder with "
         "longnet_jax.load_checkpoint, one of slides with "
@@ -65,9 +73,9 @@ def check(workdir, settings: dict) -> None:
   ValueError names each key that differs with both values; OSError says why
   the folder cannot be written. Nothing is created.
   """
-  _check_writable(pathlib.Path(workdir))
+  _check_writable(storage.path(workdir))
   path = config_path(workdir)
-  if not path.exists():
+  if not storage.exists(path):
     return
   changed = {
     key: values
@@ -98,13 +106,14 @@ def write_records(workdir, settings: dict, run: run_lib.Run) -> dict:
   """
   path = tokenizer_path(workdir)
   if hosts.is_first():
-    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-  _check_shared(pathlib.Path(workdir))
+    storage.make_dir(path.parent)
+  _check_shared(path.parent)
   if hosts.is_first():
-    write_whole(config_path(workdir), json.dumps(settings, indent=2) + "\n")
+    text = json.dumps(settings, indent=2) + "\n"
+    storage.write_whole(config_path(workdir), text)
     run.tokenizer.save(path)
   hosts.wait_for_all("records are written")
-  tokenizer = json.loads(path.read_text())
+  tokenizer = json.loads(storage.read(path))
   return {"config": settings, "tokenizer": tokenizer, "data": run.fingerprints}
 
 
@@ -114,24 +123,19 @@ def comparable(settings: dict) -> str:
   return json.dumps({k: v for k, v in flat.items() if k not in _PLACES})
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  temporary = path.with_name(path.name + ".tmp")
+def _load(path) -> dict:
+  advice = "restore it or choose another --workdir"
   try:
-    temporary.write_text(text)
-    os.replace(temporary, path)
-  except OSError:
-    temporary.unlink(missing_ok=True)
-    raise
-
-
-def _load(path):
-  try:
-    return json.loads(path.read_text())
+    settings = json.loads(storage.read(path))
   except ValueError as error:
     raise checked.RefusedError(
-      f"{path} is not JSON ({error}); restore it or choose another --workdir"
+      f"{path} is not JSON ({error}); {advice}"
     ) from error
+  if not isinstance(settings, dict):
+    raise checked.RefusedError(
+      f"{path} does not hold settings by name; {advice}"
+    )
+  return settings
 
 
 def _check_shared(folder):
@@ -139,11 +143,11 @@ def _check_shared(folder):
   number = int(hosts.gather(np.int32(secrets.randbelow(2**31)))[0])
   probe = folder / f"probe-{number}"
   if hosts.is_first():
-    probe.touch()
+    storage.write_whole(probe, "")
   hosts.wait_for_all("a probe lies in the workdir")
-  blind = np.flatnonzero(hosts.gather(np.int32(not probe.exists())))
+  blind = np.flatnonzero(hosts.gather(np.int32(not storage.exists(probe))))
   if hosts.is_first():
-    probe.unlink()
+    storage.remove(probe)
   if len(blind):
     raise checked.RefusedError(
       f"workdir {folder} is another folder on process {blind[0]} than on "
@@ -152,14 +156,15 @@ def _check_shared(folder):
 
 
 def _check_writable(folder):
-  """Tries a nameless file in the folder or in what it would be made in."""
-  while not folder.exists():
-    folder = folder.parent
-  if not folder.is_dir():
-    raise checked.RefusedError(f"workdir {folder} is a file; choose a folder")
   try:
-    with tempfile.TemporaryFile(dir=folder) as probe:
-      probe.write(bytes(4096))
+    storage.check_writable(folder)
+  except (NotADirectoryError, FileExistsError) as error:
+    where = error.filename or folder
+    raise checked.RefusedError(
+      f"workdir {where} is a file; choose a folder"
+    ) from error
+  except storage.StorageError:
+    raise
   except OSError as error:
     raise checked.RefusedError(
       f"cannot write into {folder} ({error.strerror}); choose a --workdir "

@@ -10,6 +10,7 @@ def test_an_unknown_chip_has_no_peak():
   assert chips.peak_flops(jax.devices()[0]) is None
 
 
+@pytest.mark.usefixtures("unchecked")  # for what stands for a device
 @pytest.mark.parametrize(
   ("kind", "peak"), [("TPU v5 lite", 197e12), ("TPU v5p", 459e12)]
 )

@@ -30,7 +30,50 @@ def test_what_a_killed_build_left_is_removed(tmp_path):
   (tmp_path / "thing.partial").mkdir()
   (tmp_path / "thing.partial" / "stale").touch()
   cache.build_once(tmp_path / "thing", lambda folder: None)
-  assert list((tmp_path / "thing").iterdir()) == []
+  (file,) = (tmp_path / "thing").iterdir()
+  assert file.name == "checksums.json"
+
+
+def _flip(path):
+  content = bytearray(path.read_bytes())
+  content[2] ^= 1
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  "damage, message",
+  [
+    (lambda folder: _flip(folder / "file"), "the bytes of file have changed"),
+    (lambda folder: (folder / "file").write_bytes(b""), "the bytes of file"),
+    (lambda folder: (folder / "file").unlink(), "it has no file"),
+    (lambda folder: (folder / "checksums.json").unlink(), "it has no checksum"),
+    (
+      lambda folder: (folder / "checksums.json").write_text("[1]"),
+      "checksums.json cannot be read",
+    ),
+    (
+      lambda folder: (folder / "checksums.json").write_bytes(b"\xff{"),
+      "checksums.json cannot be read",
+    ),
+  ],
+)
+def test_what_is_damaged_is_built_again_in_one_line(
+  tmp_path, capsys, damage, message
+):
+  path = tmp_path / "thing"
+
+  def build():
+    cache.build_once(path, lambda folder: (folder / "file").write_text("text"))
+
+  build()
+  assert not capsys.readouterr().err
+  damage(path)
+  build()
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(f"'{path}' is damaged ({message}")
+  assert (path / "file").read_text() == "text"
+  build()
+  assert not capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

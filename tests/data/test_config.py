@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 
 import pytest
 
@@ -56,4 +57,5 @@ def test_bad_settings_are_named_in_one_line(settings, message):
 
 def test_every_field_is_documented():
   for field in dataclasses.fields(config_lib.DataConfig):
-    assert f"    {field.name}: " in config_lib.DataConfig.__doc__
+    # Python 3.13 takes the indentation away, those before do not.
+    assert f"\n  {field.name}: " in inspect.getdoc(config_lib.DataConfig)

@@ -1,7 +1,10 @@
+import shutil
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from longnet_jax import checked
 from longnet_jax.data import config as config_lib
 from longnet_jax.data import documents as documents_lib
 
@@ -122,3 +125,39 @@ def test_a_split_that_is_not_asked_for_is_refused(data_dir):
   assert len(list(documents.read("train"))) == 59
   with pytest.raises(ValueError, match="no split 'validation'.*train, test"):
     next(documents.read("validation"))
+
+
+@pytest.mark.parametrize(
+  "name, change",
+  [
+    ("tiny_texts-train.array_record-00000-of-00001", lambda data: b""),
+    ("tiny_texts-train.array_record-00000-of-00001", lambda data: data[:-9]),
+    # Just what makes every record read as an empty one, without an error.
+    (
+      "tiny_texts-train.array_record-00000-of-00001",
+      lambda data: data[: len(data) // 2],
+    ),
+    (
+      "tiny_texts-train.array_record-00000-of-00001",
+      lambda data: data.replace(b"train 7", b"train 8", 1),
+    ),
+    ("tiny_texts-train.array_record-00000-of-00001", None),
+    ("features.json", lambda data: data[:-9]),
+    ("dataset_info.json", lambda data: b"[1]"),
+  ],
+)
+def test_a_damaged_file_is_named_in_one_line(data_dir, tmp_path, name, change):
+  shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+  folder = tmp_path / "tiny_texts" / "1.9.0"
+  path = folder / name
+  if change is None:
+    path.unlink()
+  else:
+    whole = path.read_bytes()
+    path.write_bytes(change(whole))
+    assert path.read_bytes() != whole
+  with pytest.raises(checked.RefusedError) as caught:
+    list(_documents(str(tmp_path)).read("train"))
+  named = path if "array_record" in name else folder
+  assert str(caught.value).startswith(f"'{named}' is damaged: ")
+  assert str(caught.value).count("\n") == 0

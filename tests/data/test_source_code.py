@@ -6,6 +6,7 @@ import sysconfig
 
 import pytest
 
+from longnet_jax import checked
 from longnet_jax.data import config as config_lib
 from longnet_jax.data import documents as documents_lib
 from longnet_jax.data import source_code
@@ -225,3 +226,16 @@ def test_a_killed_build_leaves_nothing_half_written(tmp_path):
   assert left
   assert len(sum(_read(_config(folder, data_dir)).values(), [])) == 40
   assert not list(data_dir.rglob("incomplete.*"))
+
+
+def test_links_to_folders_are_left_out_and_said(tmp_path, capsys):
+  real = _folder(tmp_path / "elsewhere", 3)
+  corpus = tmp_path / "corpus"
+  corpus.mkdir()
+  (corpus / "repository").symlink_to(real)
+  message = "1 links to folders are left out, the first is .*repository"
+  with pytest.raises(checked.RefusedError, match=message):
+    _scan(corpus)
+  _write(corpus, {"a.py": b"a"})
+  assert [file.path for file in _scan(corpus)] == ["a.py"]
+  assert "1 links to folders are left out" in capsys.readouterr().err

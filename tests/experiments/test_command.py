@@ -4,10 +4,13 @@ import pathlib
 import sys
 
 from absl import flags
+import jax
 from ml_collections import config_flags
 import pytest
 
 from experiments import command
+from longnet_jax.parallel import hosts
+from longnet_jax.training import checkpoint, report
 from longnet_jax.training import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -20,6 +23,12 @@ def _run(monkeypatch, main):
   command.run(main)
 
 
+@pytest.fixture
+def leaving(monkeypatch):
+  """Lets a test outlive the end of the process."""
+  monkeypatch.setattr(command.hosts.os, "_exit", sys.exit)
+
+
 @pytest.mark.parametrize(
   "refuse",
   [
@@ -28,7 +37,7 @@ def _run(monkeypatch, main):
   ],
 )
 def test_what_we_or_the_system_refuse_has_no_traceback(
-  monkeypatch, capsys, refuse
+  leaving, monkeypatch, capsys, refuse
 ):
   with pytest.raises(SystemExit):
     _run(monkeypatch, refuse)
@@ -41,15 +50,47 @@ def test_an_error_of_a_library_keeps_its_traceback(monkeypatch):
     _run(monkeypatch, lambda _: json.loads("{"))
 
 
-def test_a_refusal_is_one_line(capsys):
+@pytest.mark.parametrize(
+  "kind, code",
+  [
+    (ValueError, 1),
+    (checkpoint.CheckpointError, 1),
+    (report.DivergedError, 3),
+    (checkpoint.WriteError, 4),
+    (hosts.LostError, 5),
+  ],
+)
+def test_a_refusal_is_one_line_and_a_code(leaving, capsys, kind, code):
   with pytest.raises(SystemExit) as caught:
-    command.fail(ValueError("first\n  second"))
-  assert caught.value.code == 1
+    command.fail(kind("first\n  second"))
+  assert caught.value.code == code
   assert capsys.readouterr().err == "error: first second\n"
 
 
 @pytest.fixture
-def parse(monkeypatch):
+def cache_dir():
+  """Gives back where compiled code is kept."""
+  before = jax.config.jax_compilation_cache_dir
+  yield
+  jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_code_is_kept(cache_dir, monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  jax.config.update("jax_compilation_cache_dir", None)
+  command._keep_compiled()
+  folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
+  assert folder.parent == tmp_path / "longnet_jax"
+
+
+def test_compiled_code_is_kept_where_it_was_told(cache_dir):
+  jax.config.update("jax_compilation_cache_dir", "/elsewhere")
+  command._keep_compiled()
+  assert jax.config.jax_compilation_cache_dir == "/elsewhere"
+
+
+@pytest.fixture
+def parse(monkeypatch, leaving):
   values = flags.FlagValues()
   define = functools.partial(
     config_flags.DEFINE_config_file, flag_values=values
@@ -58,9 +99,10 @@ def parse(monkeypatch):
   monkeypatch.setattr(command.flags, "FLAGS", values)
 
   def run(argument):
-    monkeypatch.setattr(sys, "argv", ["train", argument])
-    command.define_config(str(ROOT / "configs" / "base.py"))
-    command._parse(["train", argument])
+    arguments = ["train", *argument.split()]
+    monkeypatch.setattr(sys, "argv", arguments)
+    command.define_config("configs/base.py")
+    command._parse(arguments)
     return values["config"].value
 
   return run
@@ -68,7 +110,9 @@ def parse(monkeypatch):
 
 # ml_collections loads the file in a way that Python will drop.
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_a_key_is_changed(parse):
+def test_a_key_is_changed(parse, monkeypatch, tmp_path):
+  # The default config is found from anywhere.
+  monkeypatch.chdir(tmp_path)
   assert parse("--config.model.num_layers=3").model.num_layers == 3
 
 
@@ -87,6 +131,7 @@ def test_a_key_is_changed(parse):
     ),
     (f"--config={ROOT}/configs/base.py:x", "get_config() takes 0 positional"),
     ("--config=/nowhere.py", "--config=/nowhere.py: no such file; use one"),
+    ("--config /nowhere.py", "config --config /nowhere.py: no such file; use"),
   ],
 )
 def test_flags_that_do_not_parse_are_one_line(parse, capsys, argument, message):

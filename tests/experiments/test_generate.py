@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import sys
+from typing import NamedTuple
 
 from absl import flags
 import jax
@@ -11,6 +13,7 @@ import pytest
 
 from configs import base
 from experiments import generate
+import longnet_jax
 from longnet_jax.data import tokenizers
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import transformer
@@ -48,8 +51,13 @@ def workdir(tmp_path_factory):
   return folder
 
 
-def _run(capsys, *arguments):
-  """Returns what the command writes to stdout and stderr."""
+class _Written(NamedTuple):
+  out: bytes
+  err: str
+
+
+def _run(capsysbinary, *arguments):
+  """Returns what the command writes."""
   values = flags.FLAGS
   values.unparse_flags()
   values([sys.argv[0], *map(str, arguments)])
@@ -58,52 +66,78 @@ def _run(capsys, *arguments):
   finally:
     for name in values.flags_by_module_dict()[generate.__name__]:
       values[name.name].unparse()
-  return capsys.readouterr()
+  out, err = capsysbinary.readouterr()
+  return _Written(out, err.decode())
 
 
-def test_a_prompt_is_continued_the_same_streamed_or_not(workdir, capsys):
+def test_a_prompt_is_continued_the_same_streamed_or_not(workdir, capsysbinary):
   settings = (f"--workdir={workdir}", "--prompt=x =", "--max_new_tokens=12")
-  whole = _run(capsys, *settings)
-  assert whole.out.endswith("\n") and len(whole.out) > 1
+  whole = _run(capsysbinary, *settings)
+  assert whole.out.endswith(b"\n") and len(whole.out) > 1
   assert "prompt: 4 tokens\n" in whole.err
   assert "12 tokens in" in whole.err
   assert "warning" not in whole.err and "stopped" not in whole.err
-  assert _run(capsys, *settings, "--stream").out == whole.out
-  assert _run(capsys, *settings, "--seq=4", "--model=2").out == whole.out
-  assert _run(capsys, *settings, "--seed=1").out != whole.out
+  assert _run(capsysbinary, *settings, "--stream").out == whole.out
+  assert _run(capsysbinary, *settings, "--seq=4", "--model=2").out == whole.out
+  assert _run(capsysbinary, *settings, "--seed=1").out != whole.out
 
 
-def test_a_file_may_hold_any_bytes_and_a_prompt_nothing(workdir, capsys):
+def test_bytes_go_in_and_out_as_they_are(workdir, capsysbinary):
+  # What Python makes of an argument of which UTF-8 knows nothing.
+  prompt = os.fsdecode(b"caf\xe9")
+  settings = (f"--workdir={workdir}", "--max_new_tokens=30")
+  written = _run(capsysbinary, *settings, f"--prompt={prompt}")
+  assert "prompt: 5 tokens" in written.err
+  config, params = longnet_jax.load_checkpoint(workdir)
+  (ids,) = longnet_jax.generate(
+    config,
+    params,
+    [[256, *b"caf\xe9"]],
+    max_new_tokens=30,
+    temperature=0.8,
+    stop_tokens=(256,),
+  )
+  expected = bytes(i for i in ids if i < 256)
+  assert written.out == expected + b"\n"
+  with pytest.raises(UnicodeDecodeError):  # else nothing was to be replaced
+    expected.decode()
+
+
+def test_a_file_may_hold_any_bytes_and_a_prompt_nothing(workdir, capsysbinary):
   file = workdir / "bytes"
   file.write_bytes(b"\xff\xfe\x00 ok")
   settings = (f"--workdir={workdir}", "--max_new_tokens=2")
-  written = _run(capsys, *settings, f"--prompt_file={file}")
+  written = _run(capsysbinary, *settings, f"--prompt_file={file}")
   assert "prompt: 7 tokens\n" in written.err
   # A document begins with its separator, so there is always one to go on from.
-  written = _run(capsys, *settings, "--prompt=")
+  written = _run(capsysbinary, *settings, "--prompt=")
   assert "prompt: 1 tokens\n2 tokens in" in written.err
 
 
-def test_a_long_prompt_warns_and_stops_where_positions_end(workdir, capsys):
+def test_a_long_prompt_warns_and_stops_where_positions_end(
+  workdir, capsysbinary
+):
   limit = config_lib.LongNetConfig.from_dict(
     json.loads(workdir_lib.config_path(workdir).read_text())["model"]
   ).position_limit
   file = workdir / "prompt.txt"
   file.write_bytes(b"a" * (limit - 5))
-  written = _run(capsys, f"--workdir={workdir}", f"--prompt_file={file}")
+  written = _run(capsysbinary, f"--workdir={workdir}", f"--prompt_file={file}")
   assert written.err.count("warning: the prompt is longer than the 16") == 1
   # The separator is a token, and the last new one is not read.
   assert "5 tokens in" in written.err
   assert f"stopped at the last of {limit} positions" in written.err
   file.write_bytes(b"a" * limit)
   with pytest.raises(ValueError, match=f"the prompt has {limit + 1} tokens"):
-    _run(capsys, f"--workdir={workdir}", f"--prompt_file={file}")
+    _run(capsysbinary, f"--workdir={workdir}", f"--prompt_file={file}")
 
 
-def test_what_is_missing_is_said(workdir, capsys):
+def test_what_is_missing_is_said(workdir, capsysbinary):
   with pytest.raises(ValueError, match="--workdir is missing"):
-    _run(capsys, "--prompt=a")
+    _run(capsysbinary, "--prompt=a")
   with pytest.raises(ValueError, match="either --prompt or --prompt_file"):
-    _run(capsys, f"--workdir={workdir}")
+    _run(capsysbinary, f"--workdir={workdir}")
   with pytest.raises(ValueError, match="--checkpoint is 'newest'"):
-    _run(capsys, f"--workdir={workdir}", "--prompt=a", "--checkpoint=newest")
+    _run(
+      capsysbinary, f"--workdir={workdir}", "--prompt=a", "--checkpoint=newest"
+    )

@@ -36,6 +36,7 @@ def _run(command, *arguments, fails=False, **options):
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
+    errors="replace",  # what a model writes may be any bytes
   )
   assert process.returncode == (1 if fails else 0), process.stderr
   return process.stderr if fails else process.stdout
@@ -53,6 +54,8 @@ def test_slide_encoder_from_pth_to_embedding(tmp_path):
   )
   assert "47 tensors, 103,168 parameters" in printed
   assert printed.count("largest error") == 3
+  note = "note: torchscale misplaces rows of sequences longer than 300, "
+  assert note in printed
   config, params = longnet_jax.load_checkpoint(workdir)
   assert isinstance(config, slide_encoder.SlideEncoderConfig)
   golden = np.load(_GOLDEN / "gigapath_small.npz")
@@ -61,7 +64,10 @@ def test_slide_encoder_from_pth_to_embedding(tmp_path):
   np.testing.assert_allclose(found, golden["cls"], atol=1e-4)
 
   out, record = tmp_path / "out.npz", tmp_path / "record.json"
-  _run("encode_slide", workdir=workdir, num_tiles=300, out=out, json=record)
+  printed = _run(
+    "encode_slide", workdir=workdir, num_tiles=300, out=out, json=record
+  )
+  assert note in printed
   outputs = np.load(out)
   assert outputs["features"].shape == (300, 64)
   assert outputs["cls"].shape == outputs["mean"].shape == (64,)

@@ -14,10 +14,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-def _start(*flags, cwd=ROOT):
+def _start(*flags, cwd=ROOT, program=("-m", "experiments.train")):
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   return subprocess.Popen(
-    [sys.executable, "-m", "experiments.train", *map(str, flags)],
+    [sys.executable, *program, *map(str, flags)],
     cwd=cwd,
     env=environment,
     stdout=subprocess.PIPE,
@@ -113,3 +113,23 @@ def _wait_for_record(process, workdir, count):
       return True
     time.sleep(0.02)
   return False
+
+
+def test_a_failed_save_ends_the_process_at_once(config_file, tmp_path):
+  limited = (
+    "import resource, runpy, sys\n"
+    "from longnet_jax.training import checkpoint\n"
+    "save = checkpoint.Checkpoints.save\n"
+    "def limit(self, step, *args, **kwargs):\n"
+    "  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+    "  save(self, step, *args, **kwargs)\n"
+    "checkpoint.Checkpoints.save = limit\n"
+    "runpy.run_module('experiments.train', run_name='__main__')\n"
+  )
+  flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
+  process = _start(*flags, program=["-c", limited])
+  code, _, err = _finish(process)
+  assert code == 4, err
+  assert "size of a file is reached" in err
+  assert "Traceback" not in err
+  assert not list((tmp_path / "run" / "checkpoints").iterdir())

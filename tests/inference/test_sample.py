@@ -1,5 +1,6 @@
 """Draws are what the settings say."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longnet_jax import checked
 from longnet_jax.inference import sample
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import transformer
@@ -93,6 +95,46 @@ def _draw(logits, number, **options):
   return np.asarray(sample._draw(logits, position, **(defaults | options)))
 
 
+def test_settings_may_be_numpys():
+  plain = _generate(max_new_tokens=3, top_k=4, seed=1, stop_tokens=(5,))
+  count = np.max([3])
+  assert plain == _generate(
+    max_new_tokens=count,
+    top_k=count + 1,
+    seed=np.uint8(1),
+    stop_tokens=np.array([5]),
+    temperature=np.float32(1),
+    chunk=np.int16(512),
+  )
+
+
+@pytest.mark.parametrize(
+  "endless, whole",
+  [
+    (
+      {"segment_lengths": (4, 2**32, 2**40), "dilation_rates": (1, 3, 2**33)},
+      {"segment_lengths": (4, 64, 64), "dilation_rates": (1, 3, 64)},
+    ),
+    (
+      {"attention": "sparse", "sparse_block": 2**31 - 1},
+      {"attention": "sparse", "sparse_block": 64},
+    ),
+  ],
+)
+def test_a_segment_may_be_longer_than_any_index(endless, whole):
+  long, short = (
+    sample.generate(
+      dataclasses.replace(_CONFIG, **changes),
+      _params(_CONFIG),
+      [_TOKENS[0, :9]],
+      max_new_tokens=9,
+      temperature=0,
+    )
+    for changes in (endless, whole)
+  )
+  np.testing.assert_array_equal(long, short)
+
+
 def test_draws_follow_the_probabilities():
   shares = np.array([0.1, 0.5, 0.05, 0.35])
   logits, number = np.log(shares), 4000
@@ -117,18 +159,32 @@ def test_draws_follow_the_probabilities():
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"temperature": -1.0}, "temperature is -1.0"),
     ({"temperature": np.nan}, "temperature is nan"),
+    ({"temperature": "hot"}, "temperature is 'hot' and top_p is 1.0"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; use a whole number"),
     ({"seed": 2**40}, f"seed is {2**40}; use 0 to"),
+    ({"seed": None}, "seed is None; use a whole number"),
     ({"top_k": 12}, "top_k is 12; use 1 to 11"),
+    ({"stop_tokens": 3}, "stop_tokens is 3; give a sequence of token ids"),
+    ({"stop_tokens": "\n"}, r"stop_tokens is '\\n'; give a sequence"),
     ({"top_p": 0.0}, "top_p is 0.0"),
     ({"prompts": []}, "prompts is empty"),
     ({"prompts": [[1], []]}, "prompt 1 is empty"),
+    ({"prompts": [1, 2, 3]}, "prompt 0 is 1; give a list of prompts"),
+    ({"prompts": 1}, "prompts is 1; give a list of prompts"),
+    ({"prompts": "def f"}, "prompts is 'def f'; give a list of prompts"),
+    ({"prompts": ["def f"]}, "prompt 0 is 'def f'; give a list of prompts"),
+    ({"prompts": [[1.5, 2.7]]}, r"prompt 0 is \[1.5, 2.7\]; give a list of"),
+    ({"prompts": [[[1], [2, 3]]]}, r"prompt 0 is \[\[1\], \[2, 3\]\]; give"),
+    ({"prompts": [[True]]}, r"prompt 0 is \[True\]; give a list of prompts"),
+    ({"chunk": 2.5}, "chunk is 2.5: must be an int"),
     ({"prompts": [[11]]}, "prompt 0 has ids from 11 to 11"),
     ({"chunk": 0}, "chunk is 0"),
     ({"max_new_tokens": 10**6}, f"at most {_CONFIG.position_limit}"),
     ({"prompts": [[1] * 10**5]}, "longest prompt has 100000 tokens"),
   ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_is_refused(options, message):
   settings = dict(prompts=[[1]], max_new_tokens=1) | options
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(checked.RefusedError, match=message):
     sample.generate(_CONFIG, {}, **settings)

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from longnet_jax import interop
-from longnet_jax.interop import gigapath, golden
+from longnet_jax import checked, interop
+from longnet_jax.interop import gigapath, golden, torchscale
 from longnet_jax.models import slide_encoder
 
 _PTH = pathlib.Path(__file__).parent.parent / "golden" / "gigapath_small.pth"
@@ -94,6 +94,8 @@ def test_released_size_needs_no_config():
   assert (config.num_heads, config.head_dim) == (16, 48)
   assert config.segment_lengths == (1024, 5792, 32_768, 185_363, 1_048_576)
   assert config.dilation_rates == (1, 2, 4, 8, 16)
+  assert torchscale.misplaced(config, 185_363) is None
+  assert "longer than 185,363" in torchscale.misplaced(config, 185_364)
   assert (config.tile_dim, config.grid_size, config.tile_size) == (
     1536,
     1000,
@@ -165,3 +167,35 @@ def test_a_saved_position_table_is_not_needed(read_golden):
   wanted = gigapath.convert(state, config)
   assert with_table[0] == wanted[0]
   jax.tree.map(np.testing.assert_array_equal, with_table[1], wanted[1])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "slide_encoder."])
+def test_a_prefix_changes_nothing(small, read_golden, prefix):
+  wanted, params, _ = small
+  _, config, _ = read_golden("gigapath_small")
+  state = {
+    prefix + name: x for name, x in gigapath.export(wanted, params).items()
+  }
+  assert gigapath.infer_config(state, config) == wanted
+  found = gigapath.convert(state, config)
+  assert found[0] == wanted
+  jax.tree.map(np.testing.assert_array_equal, found[1], params)
+
+
+def test_slides_are_read_from_files(tmp_path):
+  path = tmp_path / "slide.npz"
+  tiles, coords = np.ones((2, 3), np.float32), np.array([[0, 0], [256, 0]])
+  np.savez(path, tiles=tiles, coords=coords, more=np.ones(3))
+  slide = gigapath.read_slide(path)
+  np.testing.assert_array_equal(slide.tiles, tiles)
+  np.testing.assert_array_equal(slide.coords, coords)
+  np.savez(path, features=tiles)
+  with pytest.raises(
+    checked.RefusedError, match="slide.npz has no coords and no tiles"
+  ):
+    gigapath.read_slide(path)
+  path.write_bytes(path.read_bytes()[:-9])
+  with pytest.raises(
+    checked.RefusedError, match="slide.npz is no .npz file of plain"
+  ):
+    gigapath.read_slide(path)

@@ -55,6 +55,15 @@ def test_there_and_back_is_the_identity(classes, prefix):
     np.testing.assert_array_equal(again[name], array)
 
 
+def test_a_prefix_of_all_names_is_taken_away_as_well():
+  state = _state(3, "model.")
+  wanted = longvit.convert(state, _CONFIG)
+  wrapped = {f"module.{name}": x for name, x in state.items()}
+  found = longvit.convert(wrapped, _CONFIG)
+  assert found[0] == wanted[0]
+  jax.tree.map(np.testing.assert_array_equal, found[1], wanted[1])
+
+
 def _layer_norm(x, weight, bias):
   x = x - x.mean(-1, keepdims=True)
   return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight + bias

@@ -1,12 +1,14 @@
 """torchscale's decoders and encoders: same outputs, and back unchanged."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longnet_jax import checked
 from longnet_jax.interop import golden, keywords, torchscale
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import transformer
@@ -158,3 +160,75 @@ def test_refuses_to_export_other_parameters(read_golden):
   del bad["final_norm"]
   with pytest.raises(ValueError, match="2 missing: final_norm/bias.*: extra"):
     torchscale.export(longnet, bad)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_encoder_may_have_an_output_layer(read_golden, tied):
+  state, config, arrays = read_golden("torchscale_encoder")
+  width, rows = 32, config["vocab_size"]
+  assert state["embed_tokens.weight"].shape == (rows, width)
+  matrix = np.random.default_rng(0).normal(size=(rows, width))
+  matrix = matrix.astype(np.float32)
+  config = {k: v for k, v in config.items() if k != "no_output_layer"}
+  if tied:
+    config["share_encoder_input_output_embed"] = True
+    matrix = state["embed_tokens.weight"]
+  state = state | {"output_projection.weight": matrix}
+  longnet, params = torchscale.convert(state, config)
+  assert longnet.tie_embeddings == tied
+  logits = arrays["encoder_out"] @ matrix.T
+  errors = golden.compare(longnet, params, arrays | {"encoder_out": logits})
+  assert errors["encoder_out"] < 1e-5
+
+  again = torchscale.export(longnet, params)
+  assert again.keys() == state.keys()
+  np.testing.assert_array_equal(again["output_projection.weight"], matrix)
+  exported = keywords.export(longnet, decoder=False, output=True)
+  found, params_again = torchscale.convert(again, exported)
+  assert found == longnet
+  jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+  with pytest.raises(
+    checked.RefusedError, match="not used: output_projection.weight"
+  ):
+    torchscale.convert(
+      state,
+      config
+      | {"no_output_layer": True, "share_encoder_input_output_embed": False},
+    )
+
+
+@pytest.mark.parametrize(
+  "prefix", ["module.", "_orig_mod.", "decoder.", "module.model.decoder."]
+)
+def test_what_stands_before_all_names_is_taken_away(read_golden, prefix):
+  state, config, _ = read_golden("torchscale_decoder_1")
+  wanted = torchscale.convert(state, config)
+  wrapped = {f"{prefix}{name}": x for name, x in state.items()}
+  inside = {
+    name.replace("layers.0.", "layers.0._checkpoint_wrapped_module."): x
+    for name, x in wrapped.items()
+  }
+  for named in (wrapped, inside):
+    found = torchscale.convert(named, config)
+    assert found[0] == wanted[0]
+    jax.tree.map(np.testing.assert_array_equal, found[1], wanted[1])
+  # Of two models nobody can say which is meant.
+  with pytest.raises(
+    checked.RefusedError, match="not used|in nothing but a pre"
+  ):
+    torchscale.convert(state | wrapped, config)
+
+
+def test_where_torchscale_misplaces_rows_is_said(read_golden):
+  longnet, _ = torchscale.convert(*read_golden("torchscale_encoder")[:2])
+  change = functools.partial(dataclasses.replace, longnet)
+  uneven = change(segment_lengths=(8, 20, 30), dilation_rates=(2, 8, 4))
+  message = "longer than 20, because the dilation rate 8 does not divide"
+  assert message in torchscale.misplaced(uneven)
+  assert message in torchscale.misplaced(uneven, 21)
+  assert torchscale.misplaced(uneven, 20) is None
+  even = change(segment_lengths=(8, 24), dilation_rates=(2, 8))
+  assert torchscale.misplaced(even) is None
+  dense = change(attention="dense", segment_lengths=(), dilation_rates=())
+  assert torchscale.misplaced(dense) is None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from longnet_jax import interop
+from longnet_jax import checked, interop
 from tests.interop import torch_files
 
 _GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -139,3 +139,55 @@ def test_damage_anywhere_is_one_kind_of_error(tmp_path):
       interop.read_pth(path)
     except ValueError as error:
       assert str(path) in str(error)
+
+
+def _sharded(folder, parts):
+  """Writes safetensors files and their index, which it returns."""
+  for part, state in parts.items():
+    safetensors_numpy.save_file(state, folder / part)
+  index = folder / "model.safetensors.index.json"
+  names = {name: part for part, state in parts.items() for name in state}
+  index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+  return index
+
+
+def test_shards_are_read_by_their_index(tmp_path):
+  parts = {
+    f"model-0000{i}-of-00002.safetensors": {
+      name: np.full(3, i, np.float32) for name in names
+    }
+    for i, names in ((1, "ab"), (2, "c"))
+  }
+  index = _sharded(tmp_path, parts)
+  found = interop.read_sharded(index)
+  assert {name: x[0] for name, x in found.items()} == {"a": 1, "b": 1, "c": 2}
+  torch_files.write(
+    tmp_path / "a.bin", {"w": torch_files.whole(np.ones(4, np.float32))}
+  )
+  index = tmp_path / "pytorch_model.bin.index.json"
+  index.write_text('{"weight_map": {"w": "a.bin"}}')
+  np.testing.assert_array_equal(interop.read_sharded(index)["w"], np.ones(4))
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("", "is no index of weights"),
+    ("[1]", "is no index of weights"),
+    ('{"weight_map": 3}', "is no index of weights"),
+    ('{"weight_map": "ab"}', "is no index of weights"),
+    ("[" * 100_000, "is no index of weights"),
+    (
+      '{"weight_map": {"w": "../a.bin"}}',
+      "'../a.bin', which is no file beside",
+    ),
+    ('{"weight_map": {"w": "/a.bin"}}', "'/a.bin', which is no file beside"),
+    ('{"weight_map": {"w": 3}}', "'3', which is no file beside|/3"),
+    ('{"weight_map": {"v": "a.safetensors"}}', "a.safetensors has no tensor v"),
+  ],
+)
+def test_an_index_that_misleads_is_refused(tmp_path, text, message):
+  index = _sharded(tmp_path, {"a.safetensors": {"w": np.ones(1, np.float32)}})
+  index.write_text(text)
+  with pytest.raises((checked.RefusedError, FileNotFoundError), match=message):
+    interop.read_sharded(index)

@@ -98,6 +98,26 @@ def test_padding_tiles_change_nothing(padding):
   )
 
 
+def test_nan_behind_a_slide_reaches_nothing():
+  tiles, coords = _slide()
+  filled = tiles.copy()
+  filled[:, 9:] = np.nan
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(params, tiles):
+    model = slide_encoder.SlideEncoder(_CONFIG)
+    count = jnp.array([9])
+    out = model.apply({"params": params}, tiles, coords, count, pool="mean")
+    return (out**3).sum()
+
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    loss(_params(), filled),
+    loss(_params(), tiles),
+  )
+
+
 def test_padding_carries_no_gradient():
   tiles, coords = _slide()
 

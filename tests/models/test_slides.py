@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from longnet_jax import checked
 from longnet_jax.models import slide_encoder, slides
 
 _CONFIG = slide_encoder.SlideEncoderConfig(
@@ -37,8 +38,28 @@ def test_a_good_slide_passes_silently():
   slides.check_slide(_CONFIG, slide)
   shifted = slide.coords + np.array([37, 119], np.float32)
   slides.check_slide(_CONFIG, slide._replace(coords=shifted))
-  coarse = (2 * slide.coords).astype(np.int64)
-  slides.check_slide(_CONFIG, slide._replace(coords=coarse))
+  whole = slide.coords.astype(np.int64)
+  slides.check_slide(_CONFIG, slide._replace(coords=whole))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint16])
+def test_a_finer_scan_is_taken_and_the_level_of_training_said(dtype):
+  slide = _slide()
+  coords = (2 * slide.coords).astype(dtype)
+  message = r"tiles lie 512 pixels apart, 2 times .*tiles of 256 pixels at 20x"
+  with pytest.warns(slides.SlideWarning, match=message) as caught:
+    slides.check_slide(_CONFIG, slide._replace(coords=coords))
+  assert len(caught) == 1
+
+
+def test_small_types_of_coordinates_are_taken():
+  tiles = np.ones((2, 6), np.float32)
+  for dtype in (np.int8, np.uint8, np.float16):
+    coords = np.array([[0, 0], [100, 7]], dtype)
+    with pytest.raises(
+      checked.RefusedError, match="coords look rescaled: all lie in"
+    ):
+      slides.check_slide(_CONFIG, slides.Slide(tiles, coords))
 
 
 def _with_tile(slide, value):
@@ -70,6 +91,10 @@ def _with_tile(slide, value):
     (lambda s: s._replace(tiles=s.tiles.astype(int)), "type int64; use float"),
     (lambda s: _with_tile(s, np.nan), "the first in row 4; leave these"),
     (lambda s: _with_tile(s, np.inf), "tiles of 1 tiles have NaN or inf"),
+    (
+      lambda s: s._replace(tiles=s.tiles.astype(np.float64) * 1e300),
+      "tiles of 30 tiles have NaN or infinity in float32",
+    ),
     (lambda s: s._replace(coords=s.coords * np.nan), "coords of 30 tiles"),
     (lambda s: slides.Slide(s.tiles[:0], s.coords[:0]), "there are no tiles"),
   ],

@@ -253,8 +253,23 @@ def test_logits_depend_on_distances_alone(position):
   positions = np.arange(14)[None].repeat(2, 0)
   default = logits()
   np.testing.assert_allclose(logits(positions), default, atol=1e-5)
-  np.testing.assert_allclose(logits(positions + 1000), default, atol=1e-4)
+  for shift in (1000, -1000):
+    np.testing.assert_allclose(logits(positions + shift), default, atol=1e-4)
   assert np.abs(logits(positions * 3) - default).max() > 1e-3
+
+
+@pytest.mark.parametrize("token", [-1, -11, -100, 11, 2**31 - 1])
+def test_a_token_outside_the_vocabulary_is_nan(token):
+  tokens = np.array([[3, token, 10]])
+  found = transformer.embed(_init(_CONFIG)["embedding"], tokens, _CONFIG)
+  assert np.isnan(found).all(-1).tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("position", ["xpos", "rope"])
+def test_a_batch_may_be_empty(position):
+  config = _change(position=position)
+  logits = _logits(config, _init(_CONFIG), _TOKENS[:0])
+  assert logits.shape == (0, 14, 11)
 
 
 def test_bfloat16_activations_float32_logits():

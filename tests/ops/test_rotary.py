@@ -16,7 +16,9 @@ def _exact_angles(positions, base):
 
 
 @pytest.mark.parametrize("base", [10_000.0, 1e9])
-@pytest.mark.parametrize("start", [0, 2**16 - 8, 2**24 + 1, 2**30, 2**31 - 64])
+@pytest.mark.parametrize(
+  "start", [-(2**31), -32, 0, 2**16 - 8, 2**24 + 1, 2**30, 2**31 - 64]
+)
 def test_rope_is_accurate_at_every_position(start, base):
   positions = start + np.arange(64)
   tables = rotary.rope(

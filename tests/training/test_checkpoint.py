@@ -21,7 +21,9 @@ def _state(step):
     step=jnp.asarray(step, jnp.int32),
     rng=jax.random.key_data(jax.random.key(7)),
     params=params,
-    opt_state=optax.adamw(1e-3).init(params),
+    opt_state=jax.tree.map(
+      lambda moment: moment + step, optax.adamw(1e-3).init(params)
+    ),
   )
 
 
@@ -140,6 +142,64 @@ def test_changed_bytes_are_refused(tmp_path):
       checkpoints.restore(1, jax.eval_shape(lambda: state))
 
 
+@pytest.fixture
+def copied(series, tmp_path):
+  """The undamaged steps 2 and 4 of the series, to be damaged."""
+  for step in ("2", "4"):
+    source = series / "checkpoints" / step
+    shutil.copytree(source, tmp_path / "checkpoints" / step)
+  return tmp_path
+
+
+def _swap(folder, item):
+  """Exchanges an item of steps 2 and 4."""
+  first, second = folder / "2" / item, folder / "4" / item
+  first.rename(folder / "aside")
+  second.rename(first)
+  (folder / "aside").rename(second)
+
+
+def _restore(workdir, step):
+  with checkpoint.open_to_read(workdir) as checkpoints:
+    checkpoints.restore(step, jax.eval_shape(lambda: _state(step)))
+
+
+def test_an_undamaged_copy_restores(copied):
+  _restore(copied, 4)
+
+
+@pytest.mark.parametrize("item", ["params", "opt_state", "train", "checksums"])
+def test_the_item_of_another_step_is_refused(copied, item):
+  _swap(copied / "checkpoints", item)
+  with pytest.raises(checkpoint.CheckpointError, match="step 4|step 2|changed"):
+    _restore(copied, 4)
+
+
+def test_a_renamed_step_is_refused(copied):
+  (copied / "checkpoints" / "4").rename(copied / "checkpoints" / "3")
+  with pytest.raises(checkpoint.CheckpointError, match="3: it .* of step 4;"):
+    _restore(copied, 3)
+  with pytest.raises(checkpoint.CheckpointError, match="of step 4"):
+    checkpoint.load_checkpoint(copied)
+
+
+def test_changed_json_is_refused(copied):
+  (path,) = (copied / "checkpoints" / "4" / "data").glob("metadata")
+  path.write_text(path.read_text().replace("ab", "ac"))
+  with checkpoint.open_to_read(copied) as checkpoints:
+    with pytest.raises(checkpoint.CheckpointError, match="data have changed"):
+      checkpoints.restore_json(4, "data")
+
+
+def test_the_best_is_not_lost_with_its_results(copied):
+  shutil.rmtree(copied / "checkpoints" / "2" / "metrics")
+  with checkpoint.open_to_read(copied) as checkpoints:
+    with pytest.raises(
+      checkpoint.CheckpointError, match="validation results .*2: .* changed"
+    ):
+      checkpoints.find("best")
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
   usage = shutil.disk_usage(tmp_path)._replace(free=100)
   monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
@@ -149,6 +209,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
       checkpoints.save(1, _state(1), records=_RECORDS)
   assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_bucket_that_takes_no_arrays_is_refused(monkeypatch):
+  monkeypatch.setattr(
+    checkpoint.storage.importlib.util, "find_spec", lambda _: True
+  )
+  with pytest.raises(checkpoint.CheckpointError, match="gs:// or to a file"):
+    checkpoint.load_checkpoint("s3://bucket/run")
 
 
 def test_an_unfinished_write_is_removed(tmp_path):

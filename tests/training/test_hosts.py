@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from longnet_jax.parallel import hosts
+from longnet_jax.parallel import hosts, joining
 from longnet_jax.training import checkpoint, loop, metrics
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import run as run_lib
@@ -24,7 +24,8 @@ from longnet_jax.training import workdir as workdir_lib
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-STEPS = 16
+STEPS = 8
+_STEPS_FLAG = "--config.training.steps"
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,12 @@ def _start(*flags):
   )
 
 
+def _complete(workdir):
+  """Steps of the checkpoints that are whole: other names are longer."""
+  names = [p.name for p in (workdir / "checkpoints").glob("*")]
+  return sorted(int(name) for name in names if name.isdigit())
+
+
 def _check_a_killed_run(settings, folder, count, killed, devices):
   """A run of `count` processes, one killed, ends as one process ends alone."""
   alone, workdir = folder / "alone", folder / "killed"
@@ -114,24 +121,24 @@ def _check_a_killed_run(settings, folder, count, killed, devices):
     f"--workdir={workdir}",
     f"--fake_devices={devices}",
   ]
-  with _Processes(count, *flags) as first:
-    complete = workdir / "checkpoints" / "4"  # its name until then is longer
-    assert first.wait_for(complete.exists), first.finish()
+  # However late the test looks, this run has not ended by itself.
+  with _Processes(count, *flags, f"{_STEPS_FLAG}=100000") as first:
+    assert first.wait_for(lambda: _complete(workdir)), first.finish()
     first.all[killed].kill()
     codes, texts = first.finish()
   assert codes[killed] == -signal.SIGKILL
   assert all(codes), texts
-  with checkpoint.open_to_read(workdir) as checkpoints:
-    assert 4 <= checkpoints.find() < STEPS
-  with _Processes(count, *flags) as second:
+  steps = _complete(workdir)[-1] + STEPS
+  settings.training.steps = steps
+  with _Processes(count, *flags, f"{_STEPS_FLAG}={steps}") as second:
     codes, texts = second.finish()
   assert codes == [0] * count, texts
-  assert f"step {STEPS}, parameters" in texts[0][0]
+  assert f"step {steps}, parameters" in texts[0][0]
   # Only process 0 reports.
   assert not any("step" in out for out, _ in texts[1:])
   loop.train(config_lib.build(settings), alone, stream=io.StringIO())
   records, expected = map(metrics.read_metrics, (workdir, alone))
-  assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+  assert [r["step"] for r in records] == list(range(1, steps + 1))
   for name in ("loss", "gradient_norm"):
     np.testing.assert_allclose(
       [r[name] for r in records], [r[name] for r in expected], rtol=1e-4
@@ -204,6 +211,90 @@ def test_a_signal_to_one_stops_all_at_the_same_step(settings, tmp_path):
 def test_wrong_combinations_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     hosts.start(**arguments)
+  assert not jax.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "UNKNOWN: Gloo all-reduce failed: pair.cc:547",
+    "INTERNAL: NCCL operation ncclAllReduce failed: unhandled system error",
+    "NCCL communicator was aborted: remote process exited or network error",
+    "UNAVAILABLE: CoordinationService/Heartbeat",
+    "[external/gloo/gloo/transport/tcp/pair.cc:547] x",
+  ],
+)
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_a_lost_process_is_told_by_its_texts(text, kind):
+  assert hosts.lost_another(kind(text))
+  try:
+    raise checkpoint.WriteError("cannot write a checkpoint") from kind(text)
+  except ValueError as error:
+    assert hosts.lost_another(error)
+
+
+def test_other_errors_are_no_lost_process():
+  assert not hosts.lost_another(ValueError("batch_size is 0"))
+  assert not hosts.lost_another(RuntimeError("NCCL is out of memory"))
+
+
+def _join(**flags):
+  code = (
+    "import sys\nfrom experiments import command\n"
+    "from longnet_jax.parallel import hosts, joining\n"
+    f"command.run(lambda _: hosts.start(**{flags!r}))\n"
+  )
+  return subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize("process_id", [0, 1])
+def test_a_process_that_never_comes_is_one_line(process_id):
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  ended = _join(
+    coordinator=f"localhost:{port}",
+    num_processes=2,
+    process_id=process_id,
+    join_timeout=2,
+  )
+  assert ended.returncode == hosts.LOST, ended.stderr
+  (line,) = [x for x in ended.stderr.splitlines() if x.startswith("error: ")]
+  assert "2 seconds" in line and f"localhost:{port}" in line
+  assert "Traceback" not in ended.stderr
+
+
+def test_a_taken_port_is_one_line():
+  with socket.socket(socket.AF_INET6) as other:
+    other.bind(("", 0))
+    other.listen()
+    port = other.getsockname()[1]
+    with pytest.raises(ValueError, match=f"port {port} .*Address already in"):
+      hosts.start(f"localhost:{port}", 2, 0, join_timeout=2)
+
+
+@pytest.mark.parametrize("missing", ["SLURM_LOCALID", "SLURM_STEP_NODELIST"])
+def test_slurm_variables_in_part_are_named(missing, monkeypatch):
+  for name in joining._SLURM:
+    monkeypatch.setenv(name, "0")
+  monkeypatch.setenv("SLURM_NTASKS", "2")
+  monkeypatch.delenv(missing)
+  with pytest.raises(ValueError, match=f"{missing} not set: start with srun"):
+    hosts.start()
+
+
+def test_one_slurm_variable_of_another_shell_means_nothing(monkeypatch):
+  for name in joining._SLURM:
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("SLURM_NTASKS", "2")
+  monkeypatch.setenv("SLURM_JOB_ID", "7")
+  hosts.start()
   assert not jax.distributed.is_initialized()
 
 

@@ -1,5 +1,6 @@
 import io
 import os
+import shutil
 import signal
 import threading
 
@@ -14,6 +15,8 @@ from longnet_jax.training import run as run_lib
 from longnet_jax.training import workdir as workdir_lib
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 def _train(settings, workdir):
@@ -119,7 +122,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_settings, tmp_path):
   assert not list((tmp_path / "checkpoints").glob("*tmp*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+)
 def test_a_signal_saves_and_stops(
   straight, tiny_settings, tmp_path, monkeypatch, number
 ):
@@ -137,11 +142,70 @@ def test_a_signal_saves_and_stops(
   assert early.step in (1, 2)
   assert f"{number.name}: stopped after step" in stream.getvalue()
   assert signal.getsignal(number) is not signal.SIG_IGN
-  if number == signal.SIGINT:
+  if number != signal.SIGTERM:
     return
   monkeypatch.undo()
   late, _ = _train(tiny_settings(), tmp_path)
   assert late.fingerprint == result.fingerprint
+
+
+def test_a_damaged_checkpoint_is_passed_over_when_asked(
+  straight, tiny_settings, tmp_path
+):
+  workdir, result, _ = straight
+  copy = tmp_path / "run"
+  shutil.copytree(workdir, copy)
+  shutil.rmtree(copy / "checkpoints" / "4" / "opt_state")
+  with pytest.raises(
+    checkpoint.CheckpointError, match="--fallback to go on from step 2"
+  ):
+    _train(tiny_settings(), copy)
+  config = config_lib.build(tiny_settings())
+  again = loop.train(config, copy, stream=io.StringIO(), fallback=True)
+  assert again == result
+  assert len(list(copy.glob("damaged-4-*"))) == 1
+
+
+def test_an_update_that_is_not_finite_may_be_left_out(
+  tiny_settings, tmp_path, monkeypatch
+):
+  settings = tiny_settings(
+    training__checkpoint_every=1,
+    training__eval_every=9,
+    training__max_skipped=1,
+  )
+  place = run_lib.Run.place
+  placed = []
+
+  def poisoned(self, batch):
+    placed.append(None)
+    if len(placed) in (2, 3):
+      batch = batch | {"weights": batch["weights"] * np.float32("nan")}
+    return place(self, batch)
+
+  monkeypatch.setattr(run_lib.Run, "place", poisoned)
+  with pytest.raises(report.DivergedError, match="step 3: .* nan; .*step 2 is"):
+    _train(settings, tmp_path)
+  first, second = metrics.read_metrics(tmp_path)
+  assert "loss" in first and "skipped" not in first
+  assert "loss" not in second and second["skipped"] == 1
+  before, after = (_state(tmp_path, settings, step) for step in (1, 2))
+  assert (before.step, after.step) == (1, 2)
+  jax.tree.map(np.testing.assert_array_equal, before._replace(step=2), after)
+
+
+def test_minutes_save_and_multiples_are_kept(tiny_settings, tmp_path):
+  settings = tiny_settings(
+    training__steps=5,
+    training__checkpoint_every=100,
+    training__checkpoint_minutes=1e-9,
+    training__max_to_keep=1,
+    training__keep_every=2,
+    training__eval_every=5,
+  )
+  _train(settings, tmp_path)
+  with checkpoint.open_to_read(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [2, 4, 5]
 
 
 class Snippets(tfds.core.GeneratorBasedBuilder):

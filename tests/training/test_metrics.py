@@ -24,6 +24,14 @@ def test_records_past_the_restored_step_and_torn_lines_go(tmp_path):
   assert [(r["step"], r["loss"]) for r in got] == [(1, 1.0), (2, 2.0), (3, 0.5)]
 
 
+@pytest.mark.parametrize("line", [b"[1]", b"null", b'{"loss": 1}', b"\xff\xfe"])
+def test_what_is_no_record_is_named(tmp_path, line):
+  path = metrics.metrics_path(tmp_path)
+  path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+  with pytest.raises(ValueError, match="line 2 of .*jsonl is no record"):
+    metrics.read_metrics(tmp_path)
+
+
 def test_plain_lines_in_a_file(tmp_path):
   stream = io.StringIO()
   with metrics.Writer(tmp_path, start=0, total=4, stream=stream) as out:

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from longnet_jax import storage
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import workdir
 
@@ -54,7 +55,7 @@ def test_a_folder_that_refuses_is_named(settings, tmp_path, monkeypatch):
   def full(**_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(workdir.tempfile, "TemporaryFile", full)
+  monkeypatch.setattr(storage.tempfile, "TemporaryFile", full)
   with pytest.raises(ValueError, match="cannot write into .*No space left"):
     workdir.check(tmp_path, settings)
 
@@ -65,21 +66,16 @@ def test_a_file_is_no_workdir(settings, tmp_path):
     workdir.check(tmp_path / "file", settings)
 
 
-def test_a_torn_config_is_named(settings, tmp_path):
-  workdir.config_path(tmp_path).write_text('{"seed": ')
-  with pytest.raises(ValueError, match="config.json is not JSON"):
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (b'{"seed": ', "is not JSON"),
+    (b'{"seed": "\xff"}', "is not JSON"),
+    (b"[1]", "does not hold settings"),
+    (b"null", "does not hold settings"),
+  ],
+)
+def test_a_damaged_config_is_named(settings, tmp_path, content, message):
+  workdir.config_path(tmp_path).write_bytes(content)
+  with pytest.raises(ValueError, match=f"config.json {message}"):
     workdir.check(tmp_path, settings)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-  path = tmp_path / "file"
-  path.write_text("old")
-
-  def fail(*_):
-    raise OSError(28, "No space left on device")
-
-  monkeypatch.setattr(workdir.os, "replace", fail)
-  with pytest.raises(OSError):
-    workdir.write_whole(path, "new")
-  assert [p.name for p in tmp_path.iterdir()] == ["file"]
-  assert path.read_text() == "old"

@@ -1,0 +1,194 @@
+"""Where files lie: folders of this machine, and buckets as gs:// and s3://.
+
+Every path that a user gives comes in through `path`. A bucket has neither
+append nor atomic rename, and does not need the latter: an object appears whole
+or not at all.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import importlib.util
+import os
+import pathlib
+import re
+import secrets
+import shutil
+import tempfile
+
+from etils import epath
+
+from longnet_jax import checked
+
+# Scheme -> what reads it, and the extra that installs that.
+_SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+
+Path = pathlib.Path | epath.Path
+
+
+class StorageError(OSError):
+  """A bucket did not answer, or said no."""
+
+
+def path(name: str | os.PathLike) -> Path:
+  """A path of this machine, ~ expanded, or in a bucket.
+
+  Raises ValueError for a scheme that is not known or not installed.
+  """
+  text = os.fspath(name)
+  found = _URL.match(text)
+  if not found:
+    return _local(text)
+  scheme = found.group(1)
+  if scheme not in _SCHEMES:
+    known = ", ".join(f"{known}://" for known in _SCHEMES)
+    raise checked.RefusedError(
+      f"{text[:80]!r}: {scheme}:// is not known; use {known} or a folder of "
+      "this machine"
+    )
+  if not re.match(rf"{scheme}://[^/]", text):
+    raise checked.RefusedError(
+      f"{text[:80]!r} names no bucket; use {scheme}://BUCKET/DIR"
+    )
+  module, extra = _SCHEMES[scheme]
+  if importlib.util.find_spec(module) is None:
+    raise checked.RefusedError(
+      f"{text[:80]!r}: {scheme}:// needs {module}, which is not installed; "
+      f"pip install 'longnet-jax[{extra}]', or use a folder of this machine"
+    )
+  return epath.Path(text)
+
+
+def is_remote(where: Path) -> bool:
+  """Whether a path lies in a bucket."""
+  return not isinstance(where, pathlib.Path)
+
+
+def absolute(name: str | os.PathLike) -> Path:
+  """The path, independent of the current folder."""
+  where = path(name)
+  return where if is_remote(where) else where.absolute()
+
+
+def exists(where: Path) -> bool:
+  """Whether there is a file or folder; StorageError where none can tell."""
+  with _asking(where):
+    return where.exists()
+
+
+def is_dir(where: Path) -> bool:
+  """Whether there is a folder; in a bucket, anything below it."""
+  with _asking(where):
+    return where.is_dir()
+
+
+def files(where: Path) -> Iterator[Path]:
+  """All files below a folder."""
+  with _asking(where):
+    for entry in where.iterdir():
+      if entry.is_dir():
+        yield from files(entry)
+      else:
+        yield entry
+
+
+def make_dir(where: Path) -> None:
+  """Makes a folder and those above it; a bucket has none to make."""
+  if not is_remote(where):
+    where.mkdir(parents=True, exist_ok=True)
+
+
+def read(where: Path) -> bytes:
+  """All bytes of a file; FileNotFoundError if there is none."""
+  with _asking(where):
+    return where.read_bytes()
+
+
+@contextlib.contextmanager
+def on_this_machine(where: Path) -> Iterator[pathlib.Path]:
+  """A file as one of this machine, for readers that need one."""
+  if not is_remote(where):
+    yield where
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    copy = pathlib.Path(folder) / where.name
+    copy.write_bytes(read(where))
+    yield copy
+
+
+def write_whole(where: Path, content: str | bytes) -> None:
+  """Writes a file whole or not at all."""
+  data = content.encode() if isinstance(content, str) else content
+  if is_remote(where):
+    with _asking(where):
+      where.write_bytes(data)
+    return
+  temporary = where.with_name(where.name + ".tmp")
+  try:
+    with open(temporary, "wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, where)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def remove(where: Path) -> None:
+  """Removes a file or a whole folder, if there is one."""
+  with _asking(where):
+    if not where.exists():
+      return
+    if is_remote(where):
+      where.rmtree() if where.is_dir() else where.unlink()
+    elif where.is_dir():
+      shutil.rmtree(where)
+    else:
+      where.unlink()
+
+
+def check_writable(folder: Path) -> None:
+  """Raises OSError unless the folder, or what it would be made in, can be
+  written; leaves nothing behind."""
+  if is_remote(folder):
+    probe = folder / f"probe-{secrets.token_hex(8)}"
+    write_whole(probe, bytes(4096))
+    remove(probe)
+    return
+  while not folder.exists():
+    folder = folder.parent
+  if not folder.is_dir():
+    raise NotADirectoryError(20, "it is a file", str(folder))
+  with tempfile.TemporaryFile(dir=folder) as probe:
+    probe.write(bytes(4096))
+
+
+def _local(text: str) -> pathlib.Path:
+  try:
+    return pathlib.Path(text).expanduser()
+  except RuntimeError as error:
+    raise checked.RefusedError(f"{text[:80]!r}: ~ names no user") from error
+
+
+@contextlib.contextmanager
+def _asking(where: Path) -> Iterator[None]:
+  """Says in one line what a bucket's library raises, after its retries."""
+  try:
+    yield
+  except OSError as error:
+    if not is_remote(where) or isinstance(error, FileNotFoundError):
+      raise
+    raise StorageError(_line(where, error)) from error
+  except Exception as error:
+    if not is_remote(where):
+      raise
+    raise StorageError(_line(where, error)) from error
+
+
+def _line(where: Path, error: Exception) -> str:
+  reason = " ".join(str(error).split())[:200] or type(error).__name__
+  return (
+    f"{where}: {reason}; check the name of the bucket, the credentials and the "
+    "network"
+  )

@@ -1,0 +1,45 @@
+import pathlib
+
+import pytest
+
+from longnet_jax import storage
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("ftp://host/run", "ftp:// is not known; use gs://, s3://"),
+    ("gs:/bucket/run", "names no bucket; use gs://BUCKET"),
+    ("s3:///run", "names no bucket"),
+    (pathlib.Path("gs://bucket/run"), "names no bucket"),
+    ("gs://bucket/run", r"needs gcsfs, .* pip install 'longnet-jax\[gcs\]'"),
+    ("s3://bucket/run", r"needs s3fs, .* pip install 'longnet-jax\[s3\]'"),
+    ("~nobody-by-that-name/run", "names no user"),
+  ],
+  ids=str,
+)
+def test_what_cannot_be_reached_is_named(name, message, monkeypatch):
+  monkeypatch.setattr(storage.importlib.util, "find_spec", lambda _: None)
+  with pytest.raises(ValueError, match=message):
+    storage.path(name)
+
+
+def test_local_paths(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert storage.path("~/run") == tmp_path / "run"
+  assert storage.path("a:b/c") == pathlib.Path("a:b/c")
+  assert storage.absolute("run") == pathlib.Path.cwd() / "run"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "file"
+  path.write_text("old")
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(storage.os, "replace", fail)
+  with pytest.raises(OSError):
+    storage.write_whole(path, "new")
+  assert [p.name for p in tmp_path.iterdir()] == ["file"]
+  assert path.read_text() == "old"
