@@ -6,6 +6,8 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Int
 import numpy as np
 
@@ -282,9 +284,23 @@ def embed(
 ) -> Float[Array, "B T D"]:
   """Returns the rows of tokens; one outside the vocabulary becomes NaN."""
   rows = embedding.at[tokens].get(
-    mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+    mode="fill",
+    fill_value=jnp.nan,
+    wrap_negative_indices=False,
+    out_sharding=_beside(tokens),
   )
   return rows.astype(config.dtype)
+
+
+def _beside(tokens):
+  """Returns the sharding of rows that lie where tokens (B, T) do.
+
+  Only a mesh with explicit axes asks for it; elsewhere the compiler decides.
+  """
+  sharding = jax.typeof(tokens).sharding
+  if AxisType.Explicit not in sharding.mesh.axis_types:
+    return None
+  return NamedSharding(sharding.mesh, P(*sharding.spec, None))
 
 
 def unembed(

@@ -1,6 +1,7 @@
 """Dilated attention inside Flax's own attention modules."""
 
 import functools
+import pickle
 
 from flax import linen as nn
 from flax import nnx
@@ -150,3 +151,72 @@ def test_precision_is_that_of_the_backward_pass_too():
   keys = jax.random.split(jax.random.key(0), 2)
   grads = jax.vmap(jax.grad(loss), (None, 0))(x, keys)
   np.testing.assert_allclose(grads[1], jax.grad(loss)(x, keys[1]), atol=1e-6)
+
+
+def test_equal_functions_are_equal_hash_and_pickle():
+  one, other = (
+    longnet_jax.attention_fn(**BRANCHES, is_causal=True, scale=0.5)
+    for _ in range(2)
+  )
+  assert one == other and hash(one) == hash(other)
+  assert pickle.loads(pickle.dumps(one)) == one
+  assert one != longnet_jax.attention_fn(**BRANCHES, is_causal=True)
+
+
+def test_segment_ids_of_one_call_go_where_a_mask_would():
+  layer = nn.MultiHeadDotProductAttention(
+    num_heads=2, attention_fn=longnet_jax.attention_fn(**BRANCHES)
+  )
+  x = jax.random.normal(jax.random.key(0), (2, 8, 8))
+  params = layer.init(jax.random.key(1), x)
+  ids = jnp.repeat(jnp.array([[0, 1]]), 4, axis=1)
+  together = layer.apply(params, x, mask=jnp.broadcast_to(ids, (2, 8)))
+  moved = layer.apply(
+    params, x.at[:, 4:].set(9.0), mask=jnp.broadcast_to(ids, (2, 8))
+  )
+  np.testing.assert_allclose(together[:, :4], moved[:, :4], atol=1e-6)
+  assert abs(together - layer.apply(params, x)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+  "precision",
+  [
+    ("highest", "default"),
+    (jax.lax.Precision.HIGH, jax.lax.Precision.DEFAULT),
+    jax.lax.DotAlgorithmPreset.F32_F32_F32,
+    "F32_F32_F32",
+  ],
+)
+def test_precisions_that_flax_passes_on(precision):
+  attend = longnet_jax.attention_fn(**BRANCHES)
+  x = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
+  found = attend(x, x, x, precision=precision)
+  np.testing.assert_allclose(found, attend(x, x, x), atol=1e-5)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"dropout_rate": 0.5}, "give dropout_rate to the module"),
+    ({"return_residual": True}, "does not take return_residual=True"),
+    ({"foo": 1}, "'foo' is no option of attention_fn; use"),
+    ({"head_phase": "odd"}, "head_phase is 'odd'"),
+  ],
+)
+def test_options_it_cannot_take_are_refused_at_once(options, message):
+  with pytest.raises(ValueError, match=message):
+    longnet_jax.attention_fn(**BRANCHES, **options)
+
+
+def test_decoding_with_flax_says_what_to_do_instead():
+  layer = nnx.MultiHeadAttention(
+    num_heads=2,
+    in_features=8,
+    attention_fn=longnet_jax.attention_fn(**BRANCHES, is_causal=True),
+    decode=True,
+    rngs=nnx.Rngs(0),
+  )
+  layer.init_cache((1, 16, 8))
+  with pytest.raises(ValueError, match="decode with longnet_jax.decode_step"):
+    layer(jnp.ones((1, 1, 8)))

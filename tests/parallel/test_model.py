@@ -4,10 +4,14 @@ import functools
 import itertools
 
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
 from experiments import equality
+from longnet_jax.models import config as config_lib
+from longnet_jax.models import transformer
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.parallel import sharding
 
@@ -49,3 +53,29 @@ def test_equals_one_device(sizes):
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_baselines_equal_one_device(core, sizes):
   check(core, sizes)
+
+
+def test_a_batch_over_the_mesh_that_jax_makes_by_default():
+  config = config_lib.LongNetConfig(
+    vocab_size=32,
+    num_layers=1,
+    model_dim=16,
+    num_heads=2,
+    ffn_dim=32,
+    segment_lengths=(4, 16),
+    dilation_rates=(1, 2),
+    max_positions=64,
+    dtype="float32",
+  )
+  model = transformer.LongNetLM(config)
+  tokens = np.arange(64).reshape(4, 16) % 32
+  params = model.init(jax.random.key(0), tokens)
+  wanted = model.apply(params, tokens)
+  mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+  params, tokens = (
+    jax.device_put(x, NamedSharding(mesh, spec))
+    for x, spec in ((params, P()), (tokens, P("data")))
+  )
+  found = jax.jit(model.apply)(params, tokens)
+  assert found.sharding.spec[0] == "data"
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
