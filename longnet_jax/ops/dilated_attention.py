@@ -1,7 +1,7 @@
 """Dilated attention, the operation of LongNet: the public function.
 
 Each branch (w, r) is softmax attention among the rows that a head keeps of one
-segment (`dilation.py`); the branches are mixed in proportion to their softmax
+segment (`selection.py`); the branches are mixed in proportion to their softmax
 denominators (eqs. 9-10 of arXiv 2307.02486):
 
     out = sum_i exp(lse_i) out_i / sum_i exp(lse_i)
@@ -131,7 +131,9 @@ def dilated_attention(
     out, lse = reference.attend(settings, inputs)
     out = out.astype(tensors[0].dtype)
   else:
-    layout = sharded.make_layout(axis_name)
+    layout = axis_name
+    if isinstance(axis_name, str):
+      layout = sharded.Layout(axis_name)
     with arguments.forward_mode_explained():
       out, lse = mixture.attend(
         settings, layout, inputs, return_residual=return_residual

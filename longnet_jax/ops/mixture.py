@@ -123,18 +123,15 @@ _attend.defvjp(_forward, _backward)
 def _branches(settings, layout, inputs):
   """Returns the `near.Call`, and the near and the far branches."""
   kernel = kernels.load("xla", settings.platform)
-  place = sharded.find_place(layout, inputs.query)
-  _, length, num_heads, _ = inputs.query.shape
-  branches = sharded.split(
-    settings,
-    length=length,
-    num_heads=num_heads,
-    kv_heads=inputs.key.shape[2],
-    parts=place.parts,
-    shards=lax.axis_size(layout.axis_name) if layout else 1,
-    axis_name=layout.axis_name if layout else None,
-  )
-  return near_lib.Call(settings, kernel, inputs, place), *branches
+  if layout is not None:
+    place = sharded.find_place(layout, inputs.query)
+    call = near_lib.Call(settings, kernel, inputs, place)
+    return call, *sharded.split(call, layout)
+  call = near_lib.Call(settings, kernel, inputs, near_lib.Place())
+  length = inputs.query.shape[1]
+  branches = enumerate(settings.branches)
+  near = [near_lib.Branch(i, min(w, length), r) for i, (w, r) in branches]
+  return call, near, []
 
 
 def _over_windows(call, branches, step, nothing, dtype):

@@ -21,7 +21,7 @@ from jax import lax
 import numpy as np
 
 from longnet_jax import pattern
-from longnet_jax.ops import exchange, near
+from longnet_jax.ops import arguments, exchange, near
 
 
 class Layout(NamedTuple):
@@ -75,15 +75,8 @@ class Far(NamedTuple):
     return length // self.piece * -(-self.piece // self.branch[1])
 
 
-def make_layout(axis_name: str | Layout | None) -> Layout | None:
-  """Returns the layout of positions alone where a name is given."""
-  return Layout(axis_name) if isinstance(axis_name, str) else axis_name
-
-
-def find_place(layout: Layout | None, query: jax.Array) -> near.Place:
+def find_place(layout: Layout, query: jax.Array) -> near.Place:
   """Returns where a device's part lies in the whole."""
-  if layout is None:
-    return near.Place()
   index = lambda name: lax.axis_index(name) if name else 0
   return near.Place(
     example=index(layout.batch_axis) * query.shape[0],
@@ -94,14 +87,37 @@ def find_place(layout: Layout | None, query: jax.Array) -> near.Place:
 
 
 def split(
-  settings,
+  call: near.Call, layout: Layout
+) -> tuple[list[near.Branch], list[Far]]:
+  """Returns the near branches of a call and the far ones."""
+  _, length, num_heads, _ = call.inputs.query.shape
+  settings = call.settings
+  zeros = settings.padding == "zeros" and not settings.is_causal
+  if zeros and call.inputs.lengths is not None:
+    raise ValueError(
+      "padding='zeros' cannot be combined with key_value_seq_lengths over "
+      "several devices; use padding='mask' or one device"
+    )
+  return plan(
+    settings,
+    length=length,
+    num_heads=num_heads,
+    kv_heads=call.inputs.key.shape[2],
+    parts=call.place.parts,
+    shards=lax.axis_size(layout.axis_name),
+    axis_name=layout.axis_name,
+  )
+
+
+def plan(
+  settings: arguments.Settings,
   *,
   length: int,
   num_heads: int,
   kv_heads: int,
   parts: int,
   shards: int,
-  axis_name: str | None,
+  axis_name: str,
 ) -> tuple[list[near.Branch], list[Far]]:
   """Returns the near branches and the far ones.
 
@@ -112,10 +128,9 @@ def split(
     kv_heads: key heads of a device.
     parts: how many the heads are split into.
     shards: devices along the axis.
-    axis_name: the axis; None of a single shard.
+    axis_name: the axis of the positions.
   """
-  if axis_name:
-    _refuse_zero_keys(settings, length * shards)
+  _refuse_zero_keys(settings, length * shards)
   near_branches, far_branches = [], []
   for index, (w, r) in enumerate(settings.branches):
     w = min(w, length * shards)
@@ -124,7 +139,7 @@ def split(
       continue
     branch = max(w, r), r
     phases = pattern.phases(parts * num_heads, r, settings.head_phase)
-    plan = exchange.plan(
+    found = exchange.plan(
       branch[0],
       length,
       shards,
@@ -133,7 +148,7 @@ def split(
     )
     lanes = _lanes(phases.reshape(parts, kv_heads, -1))
     piece = math.gcd(branch[0], length)
-    far_branches.append(Far(index, branch, plan, piece, *lanes))
+    far_branches.append(Far(index, branch, found, piece, *lanes))
   return near_branches, far_branches
 
 

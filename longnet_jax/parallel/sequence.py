@@ -203,7 +203,7 @@ def far_branches(
   """
   _, length, num_heads, width = query.shape
   shards = mesh.shape[axis_name]
-  _, far = sharded.split(
+  _, far = sharded.plan(
     arguments.make_settings(width, **options),
     length=length // shards,
     num_heads=num_heads,

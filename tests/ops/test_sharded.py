@@ -71,7 +71,7 @@ def test_the_places_of_all_shards_are_the_kept_rows_in_order(w, r, length):
   )
   inputs = arguments.Inputs(x, x, x, None, (), None)
   call = near.Call(settings, None, inputs, near.Place())
-  _, (branch,) = sharded.split(
+  _, (branch,) = sharded.plan(
     settings,
     length=length,
     num_heads=heads,
