@@ -38,6 +38,7 @@ setuptools.setup(
     "tensorboard": ["tensorboardX>=2.6"],
     "test": [
       "beartype>=0.19",
+      "flatbuffers>=24.3",
       "gcp-storage-emulator>=2024.8",
       "gcsfs>=2024.2",
       "hypothesis>=6.100",

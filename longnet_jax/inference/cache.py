@@ -21,9 +21,11 @@ A dense model is one branch as long as the sequence; a sparse one is its local
 block and the summary columns of all blocks.
 """
 
+import json
 from typing import NamedTuple, SupportsIndex
 
 from flax import struct
+from jax import export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
@@ -53,6 +55,15 @@ class Cache:
   def nbytes(self) -> int:
     """Bytes of the keys and values."""
     return sum(x.size * x.dtype.itemsize for x in (*self.keys, *self.values))
+
+
+# A program of jax.export that takes a cache can be written to a file.
+export.register_pytree_node_serialization(
+  Cache,
+  serialized_name="longnet_jax.inference.Cache",
+  serialize_auxdata=lambda static: json.dumps(static).encode(),
+  deserialize_auxdata=lambda text: tuple(json.loads(text)),
+)
 
 
 class Branch(NamedTuple):

@@ -5,6 +5,7 @@ import functools
 import time
 
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -223,3 +224,28 @@ def test_a_million_positions_cost_what_ten_thousand_do():
   short, long = measure("dense", 10_000), measure("dense", 1_000_000)
   assert long[0] > 90 * short[0]
   assert long[1] > 4 * short[1]
+
+
+def test_an_exported_step_can_be_written_to_a_file_and_read():
+  params = _params(_CONFIG)
+  _, cache = prefill.prefill(_CONFIG, params, _TOKENS[:, :5])
+  step = jax.jit(functools.partial(decode.decode_step, _CONFIG))
+  written = export.export(step)(params, cache, _TOKENS[:, 5]).serialize()
+  found = export.deserialize(written).call(params, cache, _TOKENS[:, 5])
+  wanted = step(params, cache, _TOKENS[:, 5])
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_one_exported_model_serves_every_batch_size():
+  params = _params(_CONFIG)
+  model = transformer.LongNetLM(_CONFIG)
+  run = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
+  (batch,) = export.symbolic_shape("b")
+  tokens = np.asarray(_TOKENS[:, :9])
+  shape = jax.ShapeDtypeStruct((batch, 9), tokens.dtype)
+  program = export.export(run)(params, shape)
+  for some in (tokens[:1], np.concatenate([tokens, tokens])):
+    np.testing.assert_allclose(
+      program.call(params, some), run(params, some), rtol=1e-5, atol=1e-5
+    )

@@ -1,6 +1,8 @@
 """The operation against the float64 oracle, in values and gradients."""
 
+import contextlib
 import functools
+from unittest import mock
 
 import hypothesis
 from hypothesis import strategies as st
@@ -46,6 +48,20 @@ def _run(static, implementation, query, key, value, dout, dlse, traced):
 
   (out, lse), vjp = jax.vjp(attend, query, key, value)
   return out, lse, *vjp((dout, dlse))
+
+
+@contextlib.contextmanager
+def on_one_device():
+  """Loops go over heads and examples, as where no other device can be."""
+  sizes = {"one device": xla.SIZES["cpu"]}
+  stretch = {"one device": mixture.STRETCH["cpu"]}
+  with (
+    mock.patch.dict(xla.SIZES, sizes),
+    mock.patch.dict(mixture.STRETCH, stretch),
+    mock.patch.object(xla, "_is_local", lambda: True),
+    kernels.compiling_for("one device"),
+  ):
+    yield
 
 
 def run(implementation, tensors, options, traced=None):
@@ -140,9 +156,11 @@ def test_family_equals_oracle(setting):
   wanted = expected(tensors, options, traced)
   for implementation in ("reference", "xla"):
     check(run(implementation, tensors, options, traced), wanted)
-  # Selection by sums, trees of branches, loops over segments alone.
+  # Selection by sums, trees of branches.
   with kernels.compiling_for("tpu"):
     check(run("xla on tpu", tensors, options, traced), wanted)
+  with on_one_device():
+    check(run("xla on one device", tensors, options, traced), wanted)
 
 
 @pytest.mark.slow
@@ -157,6 +175,8 @@ def test_family_equals_oracle_at_length(setting):
     check(run(implementation, tensors, options, traced), wanted)
   with kernels.compiling_for("tpu"):
     check(run("xla on tpu", tensors, options, traced), wanted)
+  with on_one_device():
+    check(run("xla on one device", tensors, options, traced), wanted)
 
 
 def test_oracle_gradient_is_that_of_finite_differences():
@@ -189,6 +209,24 @@ def small_sizes(monkeypatch):
   monkeypatch.setitem(mixture.STRETCH, "small", 1)
   with kernels.compiling_for("small"):
     yield
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_loop_over_the_heads_of_one_device(kv_heads):
+  """Several short sequences at once, long ones one by one, dropout."""
+  options = {**PAPER, "dropout_rate": 0.25}
+  tensors = inputs(2, 40, 4, kv_heads, 4)
+  traced = {
+    "dropout_key": jax.random.key(3),
+    "key_value_seq_lengths": jnp.array([40, 23]),
+    "segment_ids": jnp.arange(80).reshape(2, 40) // 13,
+  }
+  wanted = run("reference", tensors, options, traced)
+  for scores in (2**19, 300, 1):
+    sizes = xla.SIZES["cpu"]._replace(scores=scores)
+    with mock.patch.dict(xla.SIZES, cpu=sizes), on_one_device():
+      name = f"xla on one device, {scores} scores"
+      check(run(name, tensors, options, traced), wanted)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -159,7 +159,9 @@ def _over_sequences(run, queries, keys, mask, sizes):
     return run(rows, _Rows(*shared, bits), length)
 
   scores = min(queries[0].shape[2], sizes.block) * keys[0].shape[2]
-  if sizes.by_head and _is_local():
+  batch, _, kv_heads, group = axes
+  known = isinstance(batch, int)  # or at run time only
+  if sizes.by_head and known and _is_local():
     spread = lambda x: jnp.broadcast_to(x, (*axes, *x.shape[4:]))
     flat = lambda x: x.reshape(-1, *x.shape[4:])
     shared = jax.tree.map(spread, shared)
@@ -170,8 +172,7 @@ def _over_sequences(run, queries, keys, mask, sizes):
   shared = jax.tree.map(lambda x: x[:, :, :, 0], shared)
   every = jax.vmap(jax.vmap(jax.vmap(one, (0, None))))
   first = lambda x: jnp.moveaxis(x, 1, 0)
-  batch, _, kv_heads, group = axes
-  heads = kv_heads * group * (batch if isinstance(batch, int) else 1)
+  heads = kv_heads * group * (batch if known else 1)
   found = _few_at_once(
     every,
     jax.tree.map(first, (rows, shared)),
@@ -204,7 +205,7 @@ def _arranged(queries, keys, mask):
 
 def _few_at_once(run, arrays, limit):
   """Returns `run(*x)` for each line of the arrays, up to `limit` at once."""
-  count = len(jax.tree.leaves(arrays)[0])
+  count = jax.tree.leaves(arrays)[0].shape[0]
   few = _divisor(count, at_most=limit)
   if few == count:
     return jax.vmap(run)(*arrays)
