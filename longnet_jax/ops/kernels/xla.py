@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 from jax import lax
 from jax import numpy as jnp
-from jax.sharding import AxisType
 from jaxtyping import Array
 
 from longnet_jax.ops import attention, kernels
@@ -222,8 +221,9 @@ def _divisor(number, at_most):
 def _is_local():
   """Whether nothing can be split over devices by those who call."""
   types = jax.sharding.get_abstract_mesh().axis_types
-  manual = types and set(types) == {AxisType.Manual}
-  return bool(manual) or jax.device_count() == 1
+  if types and set(types) == {jax.sharding.AxisType.Manual}:
+    return True
+  return jax.device_count() == 1
 
 
 def _forward_sequence(queries, keys, length, *, shape):
