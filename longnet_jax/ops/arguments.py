@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt32
 import numpy as np
 
@@ -57,7 +58,7 @@ def make_settings(
   segment_lengths: Sequence[int],
   dilation_rates: Sequence[int],
   is_causal: bool = False,
-  scale: float | None = None,
+  scale: ArrayLike | None = None,
   head_phase: str = "interleaved",
   padding: str = "mask",
   mixing_gradient: bool = True,
@@ -271,7 +272,8 @@ def _words(ids):
     return (jnp.asarray(ids.astype(np.int32)),)
   if is_array:
     words = lax.bitcast_convert_type(ids, jnp.int32)
-    words = words.reshape(*ids.shape, -1)
+    if words.ndim == ids.ndim:
+      words = words[..., None]
   else:
     words = np.ascontiguousarray(ids)[..., None].view(np.int32)
   return tuple(jnp.asarray(words[..., i]) for i in range(words.shape[-1]))

@@ -79,10 +79,15 @@ def attention_fn(
     **options,
   )
   lengths, rates = zip(*settings.branches, strict=True)
-  options.update(axis_name=axis_name, implementation=implementation)
-  return AttentionFn(
-    lengths, rates, settings.is_causal, tuple(sorted(options.items()))
-  )
+  options = {
+    "scale": None if options.get("scale") is None else settings.scale,
+    "head_phase": settings.head_phase,
+    "padding": settings.padding,
+    "mixing_gradient": settings.mixing_gradient,
+    "axis_name": axis_name,
+    "implementation": implementation,
+  }
+  return AttentionFn(lengths, rates, settings.is_causal, tuple(options.items()))
 
 
 @dataclasses.dataclass(frozen=True)

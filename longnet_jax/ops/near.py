@@ -321,7 +321,8 @@ def _key_counts(call, cut, length, ends):
     return None, None
   whole = call.inputs.lengths
   if ends is None:
-    ends = whole = np.full((1,), length, np.int32)
+    ends = np.full((1,), length, np.int32)
+    whole = np.full((1,), call.inputs.query.shape[1], np.int32)
   starts = w * np.arange(-(-length // w), dtype=np.int32)
   counts = selection.count(cut, ends[:, None] - starts[None])
   if causal or not zeros:

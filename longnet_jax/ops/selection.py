@@ -89,7 +89,6 @@ def put_back(
   follows, where a scatter would run row by row.
   """
   batch, segments, kept, heads, *rest = rows.shape
-  own = np.ones((1, 1, 1))
   if cut.rate > 1:
     own = _own(cut).reshape(-1, cut.rate, heads)
     own = own.reshape(1, -1, 1, cut.rate, heads, *[1] * len(rest))

@@ -92,8 +92,9 @@ def split(
   """Returns the near branches of a call and the far ones."""
   _, length, num_heads, _ = call.inputs.query.shape
   settings = call.settings
+  shards = lax.axis_size(layout.axis_name)
   zeros = settings.padding == "zeros" and not settings.is_causal
-  if zeros and call.inputs.lengths is not None:
+  if shards > 1 and zeros and call.inputs.lengths is not None:
     raise ValueError(
       "padding='zeros' cannot be combined with key_value_seq_lengths over "
       "several devices; use padding='mask' or one device"
@@ -104,7 +105,7 @@ def split(
     num_heads=num_heads,
     kv_heads=call.inputs.key.shape[2],
     parts=call.place.parts,
-    shards=lax.axis_size(layout.axis_name),
+    shards=shards,
     axis_name=layout.axis_name,
   )
 
@@ -130,7 +131,8 @@ def plan(
     shards: devices along the axis.
     axis_name: the axis of the positions.
   """
-  _refuse_zero_keys(settings, length * shards)
+  if shards > 1:
+    _refuse_zero_keys(settings, length * shards)
   near_branches, far_branches = [], []
   for index, (w, r) in enumerate(settings.branches):
     w = min(w, length * shards)

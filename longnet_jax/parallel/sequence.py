@@ -96,7 +96,8 @@ def sequence_parallel_attention(
   ):
     head_axis = None
   layout = sharded.Layout(axis_name, batch_axis, head_axis)
-  out, lse = _attend(settings, layout, mesh, return_residual, inputs)
+  with arguments.forward_mode_explained():
+    out, lse = _attend(settings, layout, mesh, return_residual, inputs)
   return (out, lse) if return_residual else out
 
 

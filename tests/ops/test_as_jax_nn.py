@@ -99,9 +99,13 @@ def test_masks_may_be_lists(x, masks):
   np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
-def test_lengths_of_no_example():
-  x = jnp.zeros((0, 8, 2, 4))
-  assert attend(x, x, x, key_value_seq_lengths=[]).shape == x.shape
+@pytest.mark.parametrize("shape", [(0, 8, 2, 4), (2, 0, 2, 4)])
+def test_masks_of_no_example_and_of_no_position(shape):
+  x = jnp.zeros(shape)
+  lengths = [3] * shape[0]
+  ids = jnp.zeros(shape[:2], jnp.int32)
+  out = attend(x, x, x, key_value_seq_lengths=lengths, segment_ids=ids)
+  assert out.shape == shape
 
 
 @pytest.mark.parametrize("transform", [jax.jacfwd, None])

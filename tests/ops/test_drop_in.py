@@ -161,6 +161,10 @@ def test_equal_functions_are_equal_hash_and_pickle():
   assert one == other and hash(one) == hash(other)
   assert pickle.loads(pickle.dumps(one)) == one
   assert one != longnet_jax.attention_fn(**BRANCHES, is_causal=True)
+  assert longnet_jax.attention_fn(**BRANCHES) == longnet_jax.attention_fn(
+    **BRANCHES, head_phase="interleaved"
+  )
+  hash(longnet_jax.attention_fn(**BRANCHES, scale=jnp.float32(0.5)))
 
 
 def test_segment_ids_of_one_call_go_where_a_mask_would():

@@ -175,3 +175,24 @@ def test_bad_arguments_are_refused():
     attend(x[:, :11], x[:, :11], x[:, :11], padding="zeros")
   with pytest.raises(ValueError, match="cannot be combined with axis_name"):
     attend(x, x, x, implementation="reference")
+
+
+def test_zero_keys_where_no_sequence_is_split():
+  x = jax.random.normal(jax.random.key(0), (2, 10, 2, 4))
+  attend = functools.partial(
+    longnet_jax.dilated_attention,
+    segment_lengths=(4, 16),
+    dilation_rates=(1, 2),
+    padding="zeros",
+  )
+  over_data = functools.partial(
+    longnet_jax.sequence_parallel_attention,
+    mesh=mesh_lib.make_mesh(data=2),
+    batch_axis="data",
+    **attend.keywords,
+  )
+  lengths = np.array([10, 7])
+  for masks in ({}, {"key_value_seq_lengths": lengths}):
+    np.testing.assert_allclose(
+      over_data(x, x, x, **masks), attend(x, x, x, **masks), atol=1e-6
+    )

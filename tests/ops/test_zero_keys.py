@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longnet_jax.ops import dilated_attention
+from longnet_jax.ops import dilated_attention, kernels, mixture
 
 _SEGMENTS, _RATES = (6, 10, 40), (1, 3, 4)
 _BRANCHES = {
@@ -98,3 +98,16 @@ def test_gradients_are_those_alone(inputs):
   for a, b in zip(found, expected, strict=True):
     np.testing.assert_allclose(a[:, :length], b, atol=1e-5)
     np.testing.assert_array_equal(a[:, length:], 0)
+
+
+@pytest.mark.parametrize("length", [9, 10, 11])
+def test_a_sequence_of_several_stretches_and_a_ragged_end(length, monkeypatch):
+  """Segment by segment, as long sequences are: the last one is filled up."""
+  monkeypatch.setitem(mixture.STRETCH, "stretches", 1)
+  rng = np.random.default_rng(0)
+  tensors = rng.normal(size=(3, 1, length, 2, 4)).astype(np.float32)
+  options = {"segment_lengths": (4, 8), "dilation_rates": (1, 3)}
+  wanted = _ATTEND(*tensors, **options, implementation="reference")
+  with kernels.compiling_for("stretches"):
+    found = _ATTEND(*tensors, **options)
+  np.testing.assert_allclose(found, wanted, atol=1e-5)

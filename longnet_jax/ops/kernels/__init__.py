@@ -30,7 +30,7 @@ NAMES = ("xla",)
 class Mask(NamedTuple):
   """Which keys a row sees: those that every field allows.
 
-  Axes of heads are as long as those of query or key, or 1.
+  Axes of examples are B or 1, those of heads as of query or key, or 1.
 
   is_causal: row i sees keys up to i, of as many keys as rows; static.
   lengths: how many keys a row sees, from the first on: (B, S, N), or a scalar
@@ -55,8 +55,8 @@ class Kernel(NamedTuple):
     -> out (B, S, M, N, H), lse (B, S, M, N). K divides N. A row that sees no
     key has out = 0 and lse = -inf.
   backward: (query, key, value, mask, out, lse, dout, dlse, *, scale) ->
-    dquery, dkey, dvalue; dlse is (B, S, M, N) or None. A row with lse = +inf
-    takes no part.
+    dquery, dkey, dvalue; dlse is (B, S, M, N) or None. A row whose lse is the
+    largest float takes no part: it sees no key in all of the softmax.
   """
 
   forward: Callable
