@@ -98,7 +98,7 @@ def make_settings(
   )
 
 
-def _number(name: str, value: float) -> float:
+def _number(name: str, value: Any) -> float:
   """Returns a Python float, or raises ValueError if there is none."""
   try:
     number = float(value)
