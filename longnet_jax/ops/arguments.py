@@ -24,7 +24,8 @@ class Settings(NamedTuple):
 
   precision: that of the caller's `jax.default_matmul_precision`, which the
     backward pass, traced later, would not know of.
-  platform: that of the devices, which sizes and types depend on.
+  kernel: one of `kernels.NAMES`; "reference" goes without.
+  platform: that JAX runs on or compiles for; sizes and types depend on it.
   """
 
   branches: tuple[tuple[int, int], ...]
@@ -35,6 +36,7 @@ class Settings(NamedTuple):
   mixing_gradient: bool
   dropout_rate: float
   precision: Any
+  kernel: str
   platform: str
 
 
@@ -63,6 +65,7 @@ def make_settings(
   padding: str = "mask",
   mixing_gradient: bool = True,
   dropout_rate: float = 0.0,
+  implementation: str | None = None,
 ) -> Settings:
   """Returns the settings, or raises ValueError naming a legal value.
 
@@ -94,6 +97,7 @@ def make_settings(
     mixing_gradient=bool(mixing_gradient),
     dropout_rate=dropout_rate,
     precision=jax.config.jax_default_matmul_precision,
+    kernel=implementation or kernels.NAMES[0],
     platform=kernels.platform(),
   )
 

@@ -112,6 +112,7 @@ def dilated_attention(
     )
   arguments.check_tensors(*tensors)
   tensors[0], scale = arguments.fold_scale(tensors[0], scale)
+  arguments.check_implementation(implementation, axis_name)
   settings = arguments.make_settings(
     tensors[0].shape[-1],
     segment_lengths=segment_lengths,
@@ -122,11 +123,11 @@ def dilated_attention(
     padding=padding,
     mixing_gradient=mixing_gradient,
     dropout_rate=dropout_rate,
+    implementation=implementation,
   )
   inputs = arguments.make_inputs(
     tensors, settings, key_value_seq_lengths, segment_ids, dropout_key
   )
-  arguments.check_implementation(implementation, axis_name)
   if implementation == "reference":
     out, lse = reference.attend(settings, inputs)
     out = out.astype(tensors[0].dtype)

@@ -122,7 +122,7 @@ _attend.defvjp(_forward, _backward)
 
 def _branches(settings, layout, inputs):
   """Returns the `near.Call`, and the near and the far branches."""
-  kernel = kernels.load("xla", settings.platform)
+  kernel = kernels.load(settings.kernel, settings.platform)
   if layout is not None:
     place = sharded.find_place(layout, inputs.query)
     call = near_lib.Call(settings, kernel, inputs, place)

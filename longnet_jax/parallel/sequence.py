@@ -72,7 +72,10 @@ def sequence_parallel_attention(
     tensors[0], options.pop("scale", None)
   )
   settings = arguments.make_settings(
-    tensors[0].shape[-1], scale=scale, **options
+    tensors[0].shape[-1],
+    scale=scale,
+    implementation=implementation,
+    **options,
   )
   batch, length, heads, _ = tensors[0].shape
   if -length % mesh.shape[axis_name]:
