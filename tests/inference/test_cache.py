@@ -9,21 +9,9 @@ import pytest
 from longnet_jax import pattern
 from longnet_jax.analysis import costs
 from longnet_jax.inference import cache as cache_lib
-from longnet_jax.models import config as config_lib
+from tests.inference import small
 
-_CONFIG = config_lib.LongNetConfig(
-  vocab_size=11,
-  num_layers=2,
-  model_dim=24,
-  num_heads=6,
-  ffn_dim=8,
-  segment_lengths=(4, 8, 16),
-  dilation_rates=(1, 2, 4),
-  sparse_block=8,
-  sparse_summary=2,
-  max_positions=64,
-  dtype="float32",
-)
+_CONFIG = small.THREE_BRANCHES
 
 
 def _change(**changes):

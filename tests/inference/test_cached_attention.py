@@ -12,21 +12,9 @@ import pytest
 from longnet_jax.inference import cache as cache_lib
 from longnet_jax.inference import cached_attention
 from longnet_jax.models import attention
-from longnet_jax.models import config as config_lib
+from tests.inference import small
 
-_CONFIG = config_lib.LongNetConfig(
-  vocab_size=11,
-  num_layers=2,
-  model_dim=24,
-  num_heads=6,
-  ffn_dim=8,
-  segment_lengths=(4, 8, 16),
-  dilation_rates=(1, 2, 4),
-  sparse_block=8,
-  sparse_summary=2,
-  max_positions=64,
-  dtype="float32",
-)
+_CONFIG = small.THREE_BRANCHES
 _CONFIGS = {
   "paper": {},
   "ragged": {"segment_lengths": (5, 10), "dilation_rates": (1, 3)},

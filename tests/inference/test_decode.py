@@ -11,23 +11,10 @@ import numpy as np
 import pytest
 
 from longnet_jax.inference import decode, prefill
-from longnet_jax.models import config as config_lib
 from longnet_jax.models import transformer
+from tests.inference import small
 
-_CONFIG = config_lib.LongNetConfig(
-  vocab_size=11,
-  num_layers=2,
-  model_dim=16,
-  num_heads=4,
-  num_kv_heads=2,
-  ffn_dim=16,
-  segment_lengths=(4, 10),
-  dilation_rates=(1, 3),
-  sparse_block=6,
-  sparse_summary=2,
-  max_positions=64,
-  dtype="float32",
-)
+_CONFIG = small.GROUPED
 _CONFIGS = {
   "xpos": {},
   "rope, no dense branch, more rates than heads": {

@@ -9,24 +9,13 @@ import numpy as np
 import pytest
 
 from longnet_jax.inference import decode, prefill, sample
-from longnet_jax.models import config as config_lib
 from longnet_jax.models import transformer
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.parallel import sharding
+from tests.inference import small
 
-_CONFIG = config_lib.LongNetConfig(
-  vocab_size=11,
-  num_layers=2,
-  model_dim=16,
-  num_heads=4,
-  num_kv_heads=2,
-  ffn_dim=16,
-  segment_lengths=(10, 64),
-  dilation_rates=(3, 6),
-  sparse_block=6,
-  sparse_summary=2,
-  max_positions=64,
-  dtype="float32",
+_CONFIG = dataclasses.replace(
+  small.GROUPED, segment_lengths=(10, 64), dilation_rates=(3, 6)
 )
 _TOKENS = np.random.default_rng(0).integers(0, 11, (4, 41)).astype(np.int32)
 _LENGTHS = np.array([1, 20, 33, 41])
