@@ -133,15 +133,15 @@ def expected(layer: Layer, name: str) -> tuple[dict, dict]:
   formula, branches = collections.Counter(), {}
   for far in sequence.far_branches(shape, shape, **where):
     kinds, group = ("all-gather", "reduce-scatter"), far.exchange.slots
-    if far.exchange.own is not None:  # one permutation for each neighbour
+    if far.exchange.own_slot is not None:  # one permutation for each neighbour
       kinds, group = ("collective-permute",) * 2, 2
-    size = received[far.branch]
+    size = received[far.w, far.r]
     moved = [(kinds[0], _hlo_name(layer.dtype), size)]
     if name == "backward":
       moved.append((kinds[1], "f32", size // shape.dtype.itemsize * 4))
     for kind, dtype, size in moved:
       formula[kind, dtype, group] += size
-      branches.setdefault((kind, dtype, group), set()).add(far.branch)
+      branches.setdefault((kind, dtype, group), set()).add((far.w, far.r))
   return dict(formula), {k: sorted(v) for k, v in branches.items()}
 
 

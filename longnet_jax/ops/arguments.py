@@ -182,14 +182,25 @@ def refuse_masks(**masks):
       )
 
 
-def of_one_example(lengths, segment_ids):
-  """Returns the masks of an example (T, N, H) as those of a batch of one."""
+def as_batch(tensors, lengths, segment_ids):
+  """Returns the arrays of an example (T, N, H) as those of a batch of one.
+
+  Args:
+    tensors: query, key, value.
+    lengths: an int, (1,) ints or None.
+    segment_ids: (T,) or (1, T) ints or None.
+
+  Returns:
+    tensors, lengths, segment_ids, and whether that was one example.
+  """
+  if any(x.ndim != 3 for x in tensors):
+    return tensors, lengths, segment_ids, False
   if lengths is not None and not np.ndim(lengths):
     lengths = lengths[None] if isinstance(lengths, jax.Array) else [lengths]
   if segment_ids is not None and np.ndim(segment_ids) == 1:
     is_array = isinstance(segment_ids, jax.Array)
     segment_ids = segment_ids[None] if is_array else [segment_ids]
-  return lengths, segment_ids
+  return [x[None] for x in tensors], lengths, segment_ids, True
 
 
 def make_inputs(tensors, settings, lengths, segment_ids, dropout_key) -> Inputs:

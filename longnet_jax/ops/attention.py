@@ -1,4 +1,4 @@
-"""Softmax attention of one head, dense: the definition all else must equal.
+"""Softmax attention by its definition, merging two of them, and dropout.
 
     s_ij = scale q_i . k_j          where row i may see key j, else -inf
     lse_i = log sum_j exp(s_ij),    out_i = sum_j exp(s_ij - lse_i) v_j

@@ -83,8 +83,8 @@ def dilated_attention(
     axis_name: the mesh axis over which T is sharded, inside `jax.shard_map`;
       all arrays but key_value_seq_lengths are then the device's part. Or a
       `sharded.Layout`, where examples or heads are sharded as well.
-    implementation: "xla" (blockwise, the default), or "reference" (dense, for
-      tests, O(T^2) memory).
+    implementation: "xla" (blockwise, the default; derivatives in reverse mode),
+      or "reference" (dense, for tests and forward mode, O(T^2) memory).
     return_residual: whether to return the logsumexp as well.
 
   Returns:
@@ -104,12 +104,9 @@ def dilated_attention(
     local_window_size=local_window_size,
   )
   tensors = [jnp.asarray(x) for x in (query, key, value)]
-  single = all(x.ndim == 3 for x in tensors)
-  if single:
-    tensors = [x[None] for x in tensors]
-    key_value_seq_lengths, segment_ids = arguments.of_one_example(
-      key_value_seq_lengths, segment_ids
-    )
+  tensors, key_value_seq_lengths, segment_ids, single = arguments.as_batch(
+    tensors, key_value_seq_lengths, segment_ids
+  )
   arguments.check_tensors(*tensors)
   tensors[0], scale = arguments.fold_scale(tensors[0], scale)
   arguments.check_implementation(implementation, axis_name)
@@ -135,18 +132,22 @@ def dilated_attention(
     layout = axis_name
     if isinstance(axis_name, str):
       layout = sharded.Layout(axis_name)
+    if not isinstance(layout, (sharded.Layout, type(None))):
+      raise ValueError(
+        f"axis_name is {axis_name!r}; use the name of one mesh axis, a str"
+      )
     with arguments.forward_mode_explained():
       out, lse = mixture.attend(
         settings, layout, inputs, return_residual=return_residual
       )
   if single:
-    out, lse = out[0], None if lse is None else lse[0]
+    out, lse = jax.tree.map(lambda x: x[0], (out, lse))
   return (out, lse) if return_residual else out
 
 
 def mixing_weights(
-  query: Float[Array, "B T N H"],
-  key: Float[Array, "B T K H"],
+  query: Float[Array, "*B T N H"],
+  key: Float[Array, "*B T K H"],
   *,
   segment_lengths: Sequence[int],
   dilation_rates: Sequence[int],
@@ -158,8 +159,8 @@ def mixing_weights(
   The mean is over the rows and heads that some branch keeps; it sums to 1.
 
   Args:
-    query: (B, T, N, H).
-    key: (B, T, K, H).
+    query: (B, T, N, H) or (T, N, H).
+    key: (B, T, K, H) or (T, K, H).
     segment_lengths: (w_1, ..., w_n).
     dilation_rates: (r_1, ..., r_n).
     attend: computes one branch in place of `dilated_attention`, as over a mesh.
@@ -183,4 +184,5 @@ def mixing_weights(
   kept = jnp.isfinite(lses).any(0)
   shares = jax.nn.softmax(jnp.where(kept, lses, 0.0), axis=0)
   total = jnp.maximum(kept.sum(dtype=jnp.float32), 1.0)
-  return jnp.where(kept, shares, 0.0).sum((1, 2, 3)) / total
+  shares = jnp.where(kept, shares, 0.0)
+  return shares.sum(range(1, shares.ndim)) / total

@@ -26,19 +26,19 @@ class Exchange(NamedTuple):
 
   axis_name: the mesh axis.
   slots: devices whose rows a device holds afterwards, itself included.
-  own: the slot of the device itself under shifts; None under groups.
+  own_slot: the slot of the device itself under shifts; None under groups.
   pairs: for each slot the (source, target) pairs of its permutation.
   aligned: whether all slots always belong to one and the same segment.
   """
 
   axis_name: str
   slots: int
-  own: int | None
+  own_slot: int | None
   pairs: tuple[tuple[tuple[int, int], ...], ...]
   aligned: bool
 
 
-def plan(
+def make_exchange(
   w: int, shard: int, shards: int, *, is_causal: bool, axis_name: str
 ) -> Exchange:
   """Returns the plan for segments of `w` rows over shards of `shard` rows."""
@@ -83,16 +83,16 @@ def sharing(device, w: int, shard: int, shards: int):
 def first_device(exchange: Exchange) -> Int[Array, ""]:
   """Returns the device of slot 0; out of range where there is none."""
   device = lax.axis_index(exchange.axis_name)
-  if exchange.own is None:
+  if exchange.own_slot is None:
     return device // exchange.slots * exchange.slots
-  return device - exchange.own
+  return device - exchange.own_slot
 
 
 def gather(
   exchange: Exchange, rows: Shaped[Array, "B S M *rest"]
 ) -> Shaped[Array, "B S n *rest"]:
   """Returns the rows of all slots, n = slots * M; eq. 23's all-gather."""
-  if exchange.own is None:
+  if exchange.own_slot is None:
     return lax.all_gather(
       rows,
       exchange.axis_name,
@@ -102,7 +102,7 @@ def gather(
     )
   found = [
     rows
-    if slot == exchange.own
+    if slot == exchange.own_slot
     else lax.ppermute(rows, exchange.axis_name, pairs)
     for slot, pairs in enumerate(exchange.pairs)
   ]
@@ -116,7 +116,7 @@ def scatter(
 
   The transpose of `gather`, summed in the type of `rows`.
   """
-  if exchange.own is None:
+  if exchange.own_slot is None:
     return lax.psum_scatter(
       rows,
       exchange.axis_name,
@@ -125,9 +125,9 @@ def scatter(
       axis_index_groups=_groups(exchange),
     )
   parts = jnp.split(rows, exchange.slots, axis=2)
-  total = parts[exchange.own]
+  total = parts[exchange.own_slot]
   for slot, pairs in enumerate(exchange.pairs):
-    if slot != exchange.own:
+    if slot != exchange.own_slot:
       back = [(target, source) for source, target in pairs]
       total += lax.ppermute(parts[slot], exchange.axis_name, back)
   return total

@@ -19,7 +19,14 @@ from jax import lax
 from jax import numpy as jnp
 import numpy as np
 
-from longnet_jax.ops import attention, exchange, kernels, selection
+from longnet_jax.ops import (
+  attention,
+  exchange,
+  kernels,
+  near,
+  selection,
+  sharded,
+)
 
 
 class Keys(NamedTuple):
@@ -33,18 +40,18 @@ class Keys(NamedTuple):
   documents: tuple
 
 
-def gather(call, far) -> tuple[Keys, Keys]:
+def gather(call: near.Call, far: sharded.Far) -> tuple[Keys, Keys]:
   """Returns the keys that a device has itself, and those of all slots."""
   inputs = call.inputs
   both = jnp.concatenate([inputs.key, inputs.value], axis=-1)
-  cut = _cut(call, far, call.own(far.phases))
+  cut = _cut(call, far, call.local(far.phases))
   documents = tuple(selection.select_ids(x, cut) for x in inputs.documents)
   own = Keys(selection.select(both, cut), documents)
   own = jax.tree.map(_one_list, own)
   return own, jax.tree.map(lambda x: exchange.gather(far.exchange, x), own)
 
 
-def forward(call, far, keys):
+def forward(call: near.Call, far: sharded.Far, keys: tuple[Keys, Keys]):
   """Returns out (B, L, N, H) and lse (B, L, N) of a branch.
 
   Args:
@@ -53,12 +60,12 @@ def forward(call, far, keys):
     keys: what `gather` returned.
   """
   cut, query, rectangles = _rectangles(call, far, keys)
-  out, lse = _attend(call, query, rectangles)
+  out, lse = _attend_rectangles(call, query, rectangles)
   length = call.inputs.query.shape[1]
   return _put_back(out, cut, length), _put_back(lse, cut, length, -jnp.inf)
 
 
-def backward(call, far, keys, terms):
+def backward(call: near.Call, far: sharded.Far, keys: tuple[Keys, Keys], terms):
   """Returns dquery, dkey, dvalue (B, L, ...) of a branch, over all devices.
 
   Args:
@@ -71,7 +78,7 @@ def backward(call, far, keys, terms):
   take = lambda x: None if x is None else _one_list(selection.select(x, cut))
   out, lse, dout, dlse = map(take, terms)
   if not call.settings.mixing_gradient:
-    out, _ = _attend(call, query, rectangles)
+    out, _ = _attend_rectangles(call, query, rectangles)
   dquery, dboth = [], []
   for tensors, mask in rectangles:
     found, dkey, dvalue = call.kernel.backward(
@@ -85,13 +92,13 @@ def backward(call, far, keys, terms):
   total = exchange.scatter(far.exchange, jnp.pad(others, padding))
   total = sum(own, start=total)
   batch, length, kv_heads, _ = call.inputs.key.shape
-  total = _put_back(total, _cut(call, far, call.own(far.phases)), length)
+  total = _put_back(total, _cut(call, far, call.local(far.phases)), length)
   total = total.reshape(batch, length, kv_heads, -1, total.shape[-1]).sum(3)
   dquery = _put_back(sum(dquery), cut, length)
   return dquery, *jnp.split(total, 2, axis=-1)
 
 
-def _attend(call, query, rectangles):
+def _attend_rectangles(call, query, rectangles):
   """Returns out and lse of the query rows over all rectangles of keys."""
   found = [
     call.kernel.forward(query, *tensors, mask, scale=call.settings.scale)
@@ -100,7 +107,7 @@ def _attend(call, query, rectangles):
   return found[0] if len(found) == 1 else attention.merge(*found[0], *found[1])
 
 
-def _rectangles(call, far, keys):
+def _rectangles(call: near.Call, far: sharded.Far, keys: tuple[Keys, Keys]):
   """Returns the cut of the queries, their rows, and what these see.
 
   That is ((key, value), mask) of the device's own rows, and of the past; or
@@ -108,7 +115,7 @@ def _rectangles(call, far, keys):
   """
   own, others = keys
   first = exchange.first_device(far.exchange)
-  cut = _cut(call, far, call.own(call.all_phases(far.branch[1]))[:, None])
+  cut = _cut(call, far, call.local(call.all_phases(far.r))[:, None])
   query = _one_list(selection.select(call.inputs.query, cut))
   query = query.astype(call.product)
   if not call.settings.is_causal:
@@ -120,7 +127,8 @@ def _rectangles(call, far, keys):
   slots, rows = far.exchange.slots - 1, query.shape[2]
   others = jax.tree.map(lambda x: x[:, :, : slots * rows], others)
   lengths = None
-  if far.exchange.own is None:  # a group, whose later devices are the future
+  if far.exchange.own_slot is None:
+    # A group, whose later devices are the future.
     lengths = (device - first) * rows
   past = _rectangle(
     call, far, others, first + jnp.arange(slots), lengths=lengths
@@ -128,7 +136,15 @@ def _rectangles(call, far, keys):
   return cut, query, [square, past]
 
 
-def _rectangle(call, far, keys, devices, *, is_causal=False, lengths=None):
+def _rectangle(
+  call: near.Call,
+  far: sharded.Far,
+  keys: Keys,
+  devices,
+  *,
+  is_causal=False,
+  lengths=None,
+):
   """Returns (key, value) as a kernel takes them, and their mask.
 
   Args:
@@ -139,22 +155,22 @@ def _rectangle(call, far, keys, devices, *, is_causal=False, lengths=None):
     is_causal: whether they are the device itself.
     lengths: how many of the keys are seen, or None for all.
   """
-  inputs, (w, _) = call.inputs, far.branch
-  phases = call.all_phases(far.branch[1])
-  rows = _positions(call, far, _device(call)[None], call.own(phases)[:, None])
+  inputs, w = call.inputs, far.w
+  phases = call.all_phases(far.r)
+  rows = _positions(call, far, _device(call)[None], call.local(phases)[:, None])
   both, ids = keys.both, []
   if not far.is_regular or inputs.lengths is not None:
     position, seen = _seen(call, far, devices)
     # Nobody looks at the others: there may be NaN, and 0 * NaN is NaN.
     both = jnp.where(seen[..., None], both, jnp.zeros((), both.dtype))
     ids.append((rows[0][None, None] // w, jnp.where(seen, position // w, -1)))
-  query_cut = _cut(call, far, call.own(phases)[:, None])
+  query_cut = _cut(call, far, call.local(phases)[:, None])
   for x, others in zip(inputs.documents, keys.documents, strict=True):
     ids.append((_one_list(selection.select_ids(x, query_cut)), others))
   ids = tuple((x, _to_heads(call, far, y)) for x, y in ids)
   bits = None
   if inputs.seed is not None:
-    columns, _ = _positions(call, far, devices, call.own(phases)[:, None])
+    columns, _ = _positions(call, far, devices, call.local(phases)[:, None])
     bits = tuple(
       call.bits(far.index, x[None], side)
       for side, x in enumerate((rows[0], columns))
@@ -165,15 +181,15 @@ def _rectangle(call, far, keys, devices, *, is_causal=False, lengths=None):
   return tuple(jnp.split(both, 2, axis=-1)), mask
 
 
-def _seen(call, far, devices):
+def _seen(call: near.Call, far: sharded.Far, devices):
   """Returns positions (1, 1, n, K U) and which are seen, of any device's rows.
 
   Those are real rows, of a device that shares a segment, before the length.
   """
   length = call.inputs.query.shape[1]
   shards = lax.axis_size(far.exchange.axis_name)
-  position, real = _positions(call, far, devices, call.own(far.phases))
-  first, last = exchange.sharing(_device(call), far.branch[0], length, shards)
+  position, real = _positions(call, far, devices, call.local(far.phases))
+  first, last = exchange.sharing(_device(call), far.w, length, shards)
   device = lax.div(position, np.int32(length))
   seen = real & (position >= 0) & (device >= first) & (device <= last)
   position, seen = position[None, None], seen[None, None]
@@ -182,20 +198,20 @@ def _seen(call, far, devices):
   return position, seen
 
 
-def _device(call):
+def _device(call: near.Call):
   """Returns the number of the device along the axis of the positions."""
   return lax.div(call.place.start, np.int32(call.inputs.query.shape[1]))
 
 
-def _cut(call, far, phases):
+def _cut(call: near.Call, far: sharded.Far, phases):
   """Returns how the device's rows are cut; phases (K, G) as of segments."""
   rotated = _rotated(call, far, _device(call)[None], phases)
-  return selection.Cut(far.piece, far.branch[1], rotated[0], call.dense)
+  return selection.Cut(far.piece, far.r, rotated[0], call.dense)
 
 
-def _rotated(call, far, devices, phases):
+def _rotated(call: near.Call, far: sharded.Far, devices, phases):
   """Returns the phases (devices, pieces or 1, K, G) of the pieces."""
-  w, r = far.branch
+  w, r = far.w, far.r
   if far.piece % r == 0:
     return phases[None, None]
   length = call.inputs.query.shape[1]
@@ -204,9 +220,9 @@ def _rotated(call, far, devices, phases):
   return (phases[None, None] - start[..., None, None]) % r
 
 
-def _positions(call, far, devices, phases):
+def _positions(call: near.Call, far: sharded.Far, devices, phases):
   """Returns the positions (n, N) of all places, and which of them are rows."""
-  length, r = call.inputs.query.shape[1], far.branch[1]
+  length, r = call.inputs.query.shape[1], far.r
   rotated = _rotated(call, far, devices, phases)[:, :, None]
   row = r * np.arange(-(-far.piece // r), dtype=np.int32)
   inside = rotated + row[None, None, :, None, None]
@@ -229,29 +245,29 @@ def _put_back(rows, cut, length, fill=0):
   return selection.put_back(rows, cut, length, fill)
 
 
-def _to_heads(call, far, x):
+def _to_heads(call: near.Call, far: sharded.Far, x):
   """Returns (B, 1, n, K or N, ...) from lanes (B, 1, n, K U, ...)."""
   if far.in_order or x.shape[3] == 1:
     return x
-  own = _own_lanes(call, far)
-  own = own.reshape(1, 1, 1, *own.shape, *[1] * (x.ndim - 4))
-  x = x.reshape(*x.shape[:3], own.shape[3], -1, 1, *x.shape[4:])
-  x = jnp.where(own, x, jnp.zeros((), x.dtype)).sum(4, dtype=x.dtype)
+  reads = _reads(call, far)
+  reads = reads.reshape(1, 1, 1, *reads.shape, *[1] * (x.ndim - 4))
+  x = x.reshape(*x.shape[:3], reads.shape[3], -1, 1, *x.shape[4:])
+  x = jnp.where(reads, x, jnp.zeros((), x.dtype)).sum(4, dtype=x.dtype)
   return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
 
-def _to_lanes(call, far, x):
+def _to_lanes(call: near.Call, far: sharded.Far, x):
   """The transpose of `_to_heads`."""
   if far.in_order:
     return x
-  own = _own_lanes(call, far)
-  own = own.reshape(1, 1, 1, *own.shape, *[1] * (x.ndim - 4))
-  x = x.reshape(*x.shape[:3], own.shape[3], 1, -1, *x.shape[4:])
-  x = jnp.where(own, x, jnp.zeros((), x.dtype)).sum(5)
+  reads = _reads(call, far)
+  reads = reads.reshape(1, 1, 1, *reads.shape, *[1] * (x.ndim - 4))
+  x = x.reshape(*x.shape[:3], reads.shape[3], 1, -1, *x.shape[4:])
+  x = jnp.where(reads, x, jnp.zeros((), x.dtype)).sum(5)
   return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
 
-def _own_lanes(call, far):
+def _reads(call: near.Call, far: sharded.Far):
   """Returns (K, U, G), whether a head reads a lane."""
   lane = np.arange(far.phases.shape[-1], dtype=np.int32)[None, :, None]
-  return lane == call.own(far.lanes)[:, None]
+  return lane == call.local(far.lanes)[:, None]

@@ -26,9 +26,11 @@ from jax import numpy as jnp
 from longnet_jax.ops import arguments, attention, far, kernels, sharded
 from longnet_jax.ops import near as near_lib
 
-# Elements of the query in a window; shorter ones are computed together.
+# By platform, sizes that bound memory and keep loops short, in elements of the
+# query. Of a window, which is whole segments of all branches: as many as fit.
 WINDOW = {"cpu": 2**23, "gpu": 2**26, "tpu": 2**26}
-# Elements of it that are selected at once; without a number, all of a window.
+# Of the rows that a branch selects of a window at once: for caches. A platform
+# without a number selects those of a whole window, for wide products.
 STRETCH = {"cpu": 2**21}
 
 
@@ -51,12 +53,12 @@ def attend(settings, layout, inputs, *, return_residual):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _compiled(settings, layout, return_residual, inputs):
   """A program of its own also where the caller is not compiled."""
-  out, lse = _attend(settings, layout, return_residual, inputs)
+  out, lse = _mix(settings, layout, return_residual, inputs)
   return out, lse.astype(jnp.float32) if return_residual else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(settings, layout, return_residual, inputs):
+def _mix(settings, layout, return_residual, inputs):
   return _forward(settings, layout, return_residual, inputs)[0]
 
 
@@ -117,7 +119,7 @@ def _backward(settings, layout, return_residual, residuals, grads):
   return (arguments.Inputs(*total, None, none, None),)
 
 
-_attend.defvjp(_forward, _backward)
+_mix.defvjp(_forward, _backward)
 
 
 def _branches(settings, layout, inputs):

@@ -65,7 +65,7 @@ class Call(NamedTuple):
     phases = pattern.phases(parts * heads, rate, name).astype(np.int32)
     return phases.reshape(parts, heads)
 
-  def own(self, of_parts: np.ndarray) -> np.ndarray | Array:
+  def local(self, of_parts: np.ndarray) -> np.ndarray | Array:
     """Returns the line of (parts, ...) that is this device's."""
     if self.place.parts == 1:
       return of_parts[0]
@@ -118,7 +118,7 @@ class Rows(NamedTuple):
 def forward(call: Call, branch: Branch, rows: Rows):
   """Returns out (B, T, N, H) and lse (B, T, N) of a branch and its children."""
   selected = _select(call, branch, rows)
-  found = _attend(call, selected)
+  found = _attend_selected(call, selected)
   for child in branch.children:
     more = forward(call, child, _as_rows(selected, (), rows))
     more = (x.reshape(y.shape) for x, y in zip(more, found, strict=True))
@@ -126,20 +126,20 @@ def forward(call: Call, branch: Branch, rows: Rows):
   out, lse = found
   length = _length(rows)
   return (
-    selection.put_back(out, selected.within[0], length),
-    selection.put_back(lse, selected.within[0], length, -jnp.inf),
+    selection.put_back(out, selected.row_cuts[0], length),
+    selection.put_back(lse, selected.row_cuts[0], length, -jnp.inf),
   )
 
 
 def backward(call: Call, branch: Branch, rows: Rows):
   """Returns dquery (B, T, N, H) and dkey, dvalue (B, T, K, H), as `forward`."""
   selected = _select(call, branch, rows)
-  cut, key_cut = selected.within
+  cut, key_cut = selected.row_cuts
   take = functools.partial(_take, rows=rows, cut=cut)
   terms = tuple(None if x is None else take(x) for x in rows.terms)
   out, lse, dout, dlse = terms
   if not call.settings.mixing_gradient:
-    out, _ = _attend(call, selected)
+    out, _ = _attend_selected(call, selected)
   scale = call.settings.scale
   grads = call.kernel.backward(
     *selected.tensors, selected.mask, out, lse, dout, dlse, scale=scale
@@ -196,14 +196,14 @@ def _holds(call, parent, child, length):
 class _Selected(NamedTuple):
   """What a kernel gets of a stretch, and how queries and keys were cut.
 
-  cuts: of the positions. within: of the rows that they were selected from.
+  cuts: of the positions. row_cuts: of the rows that they were selected from.
   """
 
   tensors: tuple  # query, key, value
   mask: kernels.Mask
   zero_keys: Array | None  # how many a row meets, (B, S, N)
   cuts: tuple[selection.Cut, selection.Cut]
-  within: tuple[selection.Cut, selection.Cut]
+  row_cuts: tuple[selection.Cut, selection.Cut]
 
 
 def _as_rows(selected, terms, rows):
@@ -225,7 +225,7 @@ def _take(x, rows, cut):
   return selection.select(x, cut)
 
 
-def _attend(call, selected):
+def _attend_selected(call, selected):
   """Returns out and lse of the selected rows."""
   out, lse = call.kernel.forward(
     *selected.tensors, selected.mask, scale=call.settings.scale
@@ -242,18 +242,18 @@ def _select(call, branch, rows):
   """Returns the `_Selected` of a branch."""
   inputs, (first, length) = call.inputs, (rows.first, rows.length)
   cuts = cut, key_cut = _cuts(call, branch, rows)
-  within = cuts
+  row_cuts = cuts
   if rows.cuts is not None:
-    within = tuple(map(_within, cuts, rows.cuts))
+    row_cuts = tuple(map(_relative, cuts, rows.cuts))
   tensors = [
     _take(x, rows, c).astype(call.product)
-    for x, c in zip(rows.tensors, (*within, within[1]), strict=True)
+    for x, c in zip(rows.tensors, (*row_cuts, row_cuts[1]), strict=True)
   ]
   start = call.place.start + first
   ends = None
   if inputs.lengths is not None:
     ends = jnp.clip(inputs.lengths - start, 0, length)
-    tensors[1:] = (_hide(x, key_cut, ends) for x in tensors[1:])
+    tensors[1:] = (_zeroed(x, key_cut, ends) for x in tensors[1:])
   lengths, zero_keys = _key_counts(call, cut, length, ends)
   bits = None
   if inputs.seed is not None:
@@ -266,7 +266,7 @@ def _select(call, branch, rows):
   )
   rate = call.settings.dropout_rate
   mask = kernels.Mask(call.settings.is_causal, lengths, ids, bits, rate)
-  return _Selected(tuple(tensors), mask, zero_keys, cuts, within)
+  return _Selected(tuple(tensors), mask, zero_keys, cuts, row_cuts)
 
 
 def _cuts(call, branch, rows):
@@ -278,7 +278,7 @@ def _cuts(call, branch, rows):
   _, w, r, _ = branch
   kv_heads = call.inputs.key.shape[2]
   by_head = call.all_phases(r).reshape(call.place.parts, 1, kv_heads, -1)
-  phases = call.own(by_head)
+  phases = call.local(by_head)
   cut = selection.Cut(w, r, phases.reshape(1, -1, 1), call.dense)
   alike = (by_head == by_head[..., :1]).all()
   if alike and rows.tensors[1].shape[2] == kv_heads:
@@ -286,7 +286,7 @@ def _cuts(call, branch, rows):
   return cut, cut._replace(phases=phases)
 
 
-def _within(cut, parent):
+def _relative(cut, parent):
   """Returns the cut of a parent's rows that keeps what `cut` does."""
   rate = parent.rate
   phases = parent.phases.reshape(1, -1, 1)
@@ -296,7 +296,7 @@ def _within(cut, parent):
   )
 
 
-def _hide(rows, cut, ends):
+def _zeroed(rows, cut, ends):
   """Returns keys (B, S, R, N, H), zeros from position `ends` (B,) on.
 
   Nobody looks there, but there may be NaN, and 0 * NaN is NaN.

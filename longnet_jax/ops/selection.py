@@ -90,9 +90,10 @@ def put_back(
   """
   batch, segments, kept, heads, *rest = rows.shape
   if cut.rate > 1:
-    own = _own(cut).reshape(-1, cut.rate, heads)
-    own = own.reshape(1, -1, 1, cut.rate, heads, *[1] * len(rest))
-    rows = jnp.where(own, rows[:, :, :, None], jnp.asarray(fill, rows.dtype))
+    is_kept = _is_kept(cut).reshape(-1, cut.rate, heads)
+    is_kept = is_kept.reshape(1, -1, 1, cut.rate, heads, *[1] * len(rest))
+    fill = jnp.asarray(fill, rows.dtype)
+    rows = jnp.where(is_kept, rows[:, :, :, None], fill)
   rows = rows.reshape(batch, segments, kept * cut.rate, heads, *rest)
   rows = rows[:, :, : cut.length]
   return rows.reshape(batch, -1, heads, *rest)[:, :length]
@@ -133,7 +134,7 @@ def _fill(x, axis, size):
   return jnp.pad(x, padding)
 
 
-def _own(cut):
+def _is_kept(cut):
   """Returns (P, r, K, G), whether a row of r is kept."""
   row = np.arange(cut.rate, dtype=np.int32)[None, :, None, None]
   return row == cut.phases[:, None]
@@ -147,10 +148,12 @@ def _of_heads(cut):
 def _masked_sum(x, cut):
   """Returns (B, S, R, K, G, ...) from (B, S, R, r, K, ...)."""
   rest = x.ndim - 5
-  own = _own(cut)
-  own = own.reshape(1, own.shape[0], 1, *own.shape[1:], *[1] * rest)
+  is_kept = _is_kept(cut)
+  is_kept = is_kept.reshape(
+    1, is_kept.shape[0], 1, *is_kept.shape[1:], *[1] * rest
+  )
   x = jnp.expand_dims(x, 5)
-  return jnp.where(own, x, jnp.zeros((), x.dtype)).sum(3, dtype=x.dtype)
+  return jnp.where(is_kept, x, jnp.zeros((), x.dtype)).sum(3, dtype=x.dtype)
 
 
 def _taken(x, cut, first, length):

@@ -44,7 +44,6 @@ class Far(NamedTuple):
   its query heads have.
 
   index: its place among all branches.
-  branch: (w, r).
   exchange: which devices send what to which.
   piece: rows of a piece of a shard; each lies in one segment.
   phases: (parts, K, U), those of the lanes; a line for each part that the heads
@@ -53,7 +52,8 @@ class Far(NamedTuple):
   """
 
   index: int
-  branch: tuple[int, int]
+  w: int
+  r: int
   exchange: exchange.Exchange
   piece: int
   phases: np.ndarray
@@ -62,7 +62,7 @@ class Far(NamedTuple):
   @property
   def is_regular(self) -> bool:
     """Whether all that is gathered are rows of one segment, without holes."""
-    return self.exchange.aligned and not self.piece % self.branch[1]
+    return self.exchange.aligned and not self.piece % self.r
 
   @property
   def in_order(self) -> bool:
@@ -72,7 +72,7 @@ class Far(NamedTuple):
 
   def rows(self, length: int) -> int:
     """Returns M: places for rows that are kept of a shard of `length` rows."""
-    return length // self.piece * -(-self.piece // self.branch[1])
+    return length // self.piece * -(-self.piece // self.r)
 
 
 def find_place(layout: Layout, query: jax.Array) -> near.Place:
@@ -89,7 +89,11 @@ def find_place(layout: Layout, query: jax.Array) -> near.Place:
 def split(
   call: near.Call, layout: Layout
 ) -> tuple[list[near.Branch], list[Far]]:
-  """Returns the near branches of a call and the far ones."""
+  """Returns the near branches of a call and the far ones.
+
+  Raises:
+    ValueError: padding="zeros" would need zero keys on several devices.
+  """
   _, length, num_heads, _ = call.inputs.query.shape
   settings = call.settings
   shards = lax.axis_size(layout.axis_name)
@@ -99,7 +103,7 @@ def split(
       "padding='zeros' cannot be combined with key_value_seq_lengths over "
       "several devices; use padding='mask' or one device"
     )
-  return plan(
+  return near_and_far(
     settings,
     length=length,
     num_heads=num_heads,
@@ -110,7 +114,7 @@ def split(
   )
 
 
-def plan(
+def near_and_far(
   settings: arguments.Settings,
   *,
   length: int,
@@ -130,6 +134,9 @@ def plan(
     parts: how many the heads are split into.
     shards: devices along the axis.
     axis_name: the axis of the positions.
+
+  Raises:
+    ValueError: padding="zeros" would need zero keys.
   """
   if shards > 1:
     _refuse_zero_keys(settings, length * shards)
@@ -139,18 +146,18 @@ def plan(
     if shards == 1 or length % w == 0:
       near_branches.append(near.Branch(index, w, r))
       continue
-    branch = max(w, r), r
+    w = max(w, r)  # a short sequence may have cut it below its rate
     phases = pattern.phases(parts * num_heads, r, settings.head_phase)
-    found = exchange.plan(
-      branch[0],
+    found = exchange.make_exchange(
+      w,
       length,
       shards,
       is_causal=settings.is_causal,
       axis_name=axis_name,
     )
     lanes = _lanes(phases.reshape(parts, kv_heads, -1))
-    piece = math.gcd(branch[0], length)
-    far_branches.append(Far(index, branch, found, piece, *lanes))
+    piece = math.gcd(w, length)
+    far_branches.append(Far(index, w, r, found, piece, *lanes))
   return near_branches, far_branches
 
 

@@ -47,6 +47,8 @@ def sparse_attention(
     dropout_key: needed for a dropout rate above 0.
   """
   batch, length, heads, width = query.shape
+  if block < 1:
+    raise ValueError(f"block is {block}; use at least 1")
   if not 0 <= summary <= block:
     raise ValueError(f"summary must be 0 to block={block}, got {summary}")
   if heads % key.shape[2]:

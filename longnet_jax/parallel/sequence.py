@@ -29,14 +29,14 @@ def sequence_parallel_attention(
   return_residual: bool = False,
   implementation: str | None = None,
   **options,
-) -> Float[Array, "B T N H"] | tuple[Array, Float[Array, "B T N"]]:
+) -> Float[Array, "*B T N H"] | tuple[Array, Float[Array, "*B T N"]]:
   """Attends as `dilated_attention`, T split in order over a mesh axis.
 
   Equal to the single-device result in values and gradients. T need not be a
   multiple of the devices: it is padded with rows that nothing attends to.
 
   Args:
-    query: (B, T, N, H).
+    query: (B, T, N, H), or (T, N, H) as there.
     key: (B, T, K, H).
     value: (B, T, K, H).
     mesh: the mesh; axes not named below stay with the compiler.
@@ -46,6 +46,8 @@ def sequence_parallel_attention(
     key_value_seq_lengths: (B,), as there, of the whole T.
     segment_ids: (B, T), as there.
     dropout_key: as there; what is dropped does not depend on the mesh.
+    return_residual: whether to return the logsumexp as well.
+    implementation: as there, but for "reference".
     **options: every other argument of `dilated_attention`.
 
   Returns:
@@ -67,6 +69,9 @@ def sequence_parallel_attention(
       )
   arguments.check_implementation(implementation, axis_name)
   tensors = [jnp.asarray(x) for x in (query, key, value)]
+  tensors, key_value_seq_lengths, segment_ids, single = arguments.as_batch(
+    tensors, key_value_seq_lengths, segment_ids
+  )
   arguments.check_tensors(*tensors)
   tensors[0], scale = arguments.fold_scale(
     tensors[0], options.pop("scale", None)
@@ -101,6 +106,8 @@ def sequence_parallel_attention(
   layout = sharded.Layout(axis_name, batch_axis, head_axis)
   with arguments.forward_mode_explained():
     out, lse = _attend(settings, layout, mesh, return_residual, inputs)
+  if single:
+    out, lse = jax.tree.map(lambda x: x[0], (out, lse))
   return (out, lse) if return_residual else out
 
 
@@ -177,7 +184,7 @@ def received_bytes(
   batch, length, _, width = query.shape
   shards = where["mesh"].shape[where.get("axis_name", "seq")]
   return {
-    branch.branch: sharded.received_bytes(
+    (branch.w, branch.r): sharded.received_bytes(
       branch,
       batch=batch,
       length=length // shards,
@@ -207,7 +214,7 @@ def far_branches(
   """
   _, length, num_heads, width = query.shape
   shards = mesh.shape[axis_name]
-  _, far = sharded.plan(
+  _, far = sharded.near_and_far(
     arguments.make_settings(width, **options),
     length=length // shards,
     num_heads=num_heads,

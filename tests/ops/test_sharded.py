@@ -34,7 +34,7 @@ def test_plans_reach_exactly_who_shares_a_segment(shards, shard):
     assert [x[0] for x in mates] == first.tolist()
     assert [x[-1] for x in mates] == last.tolist()
     for is_causal in (True, False):
-      plan = exchange.plan(
+      plan = exchange.make_exchange(
         w, shard, shards, is_causal=is_causal, axis_name="seq"
       )
       wanted = {
@@ -43,7 +43,7 @@ def test_plans_reach_exactly_who_shares_a_segment(shards, shard):
         for source in devices
         if source <= d or not is_causal
       }
-      if plan.own is None:
+      if plan.own_slot is None:
         assert shards % plan.slots == 0
         assert all(a // plan.slots == b // plan.slots for a, b in wanted)
       else:
@@ -53,12 +53,14 @@ def test_plans_reach_exactly_who_shares_a_segment(shards, shard):
 
 
 def test_segments_of_whole_shards_talk_in_groups_of_their_size():
-  plan = functools.partial(exchange.plan, is_causal=True, axis_name="seq")
+  plan = functools.partial(
+    exchange.make_exchange, is_causal=True, axis_name="seq"
+  )
   for devices in (2, 4, 8):
     found = plan(devices * 16, 16, 8)
-    assert (found.slots, found.own, found.aligned) == (devices, None, True)
+    assert (found.slots, found.own_slot, found.aligned) == (devices, None, True)
   found = plan(3 * 16, 16, 8)
-  assert (found.slots, found.own) == (3, 2)
+  assert (found.slots, found.own_slot) == (3, 2)
   assert found.pairs[1] == ((0, 1), (1, 2), (3, 4), (4, 5), (6, 7))
 
 
@@ -71,7 +73,7 @@ def test_the_places_of_all_shards_are_the_kept_rows_in_order(w, r, length):
   )
   inputs = arguments.Inputs(x, x, x, None, (), None)
   call = near.Call(settings, None, inputs, near.Place())
-  _, (branch,) = sharded.plan(
+  _, (branch,) = sharded.near_and_far(
     settings,
     length=length,
     num_heads=heads,

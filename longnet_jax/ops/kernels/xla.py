@@ -292,7 +292,7 @@ def _forward_tile(queries, keys, first, length, shape, diagonal):
     seen = keys.cut(0, stop)
     (query,) = rows.tensors
     scores = _dot(query, key_t[:, :stop])
-    scores = _hide(
+    scores = _masked(
       scores, rows, seen, start if diagonal else None, first, length
     )
     top = scores.max(-1, keepdims=True)
@@ -324,7 +324,7 @@ def _backward_tile(queries, keys, first, length, shape, diagonal):
     key, value = seen.tensors
     query, dout, lse, delta = rows.tensors
     scores = _dot(key, query_t[:, above:])
-    scores = _hide(
+    scores = _masked(
       scores.T, rows, seen, 0 if diagonal else None, first + start, length
     ).T
     weights = jnp.exp(scores - lse[None])
@@ -341,7 +341,7 @@ def _backward_tile(queries, keys, first, length, shape, diagonal):
   return dquery_t.T, jnp.concatenate(dkey), jnp.concatenate(dvalue)
 
 
-def _hide(scores, rows, keys, start, first, length):
+def _masked(scores, rows, keys, start, first, length):
   """Returns scores (M, n), -inf where a key is not seen.
 
   Args:
