@@ -24,7 +24,7 @@ class Settings(NamedTuple):
 
   precision: that of the caller's `jax.default_matmul_precision`, which the
     backward pass, traced later, would not know of.
-  kernel: one of `kernels.NAMES`; "reference" goes without.
+  kernel: one of `kernels.FILES`, or None to pick; "reference" goes without.
   platform: that JAX runs on or compiles for; sizes and types depend on it.
   """
 
@@ -36,7 +36,7 @@ class Settings(NamedTuple):
   mixing_gradient: bool
   dropout_rate: float
   precision: Any
-  kernel: str
+  kernel: str | None
   platform: str
 
 
@@ -97,7 +97,7 @@ def make_settings(
     mixing_gradient=bool(mixing_gradient),
     dropout_rate=dropout_rate,
     precision=jax.config.jax_default_matmul_precision,
-    kernel=implementation or kernels.NAMES[0],
+    kernel=implementation,
     platform=kernels.platform(),
   )
 
@@ -234,12 +234,18 @@ def make_inputs(tensors, settings, lengths, segment_ids, dropout_key) -> Inputs:
   seed = None
   if settings.dropout_rate:
     seed = jax.random.bits(dropout_key, dtype=jnp.uint32)
+  mask = kernels.Mask(
+    settings.is_causal,
+    ids=tuple((x, x) for x in documents),
+    dropout_rate=settings.dropout_rate,
+  )
+  kernels.check(settings.kernel, settings.platform, *tensors[:2], mask)
   return Inputs(*tensors, lengths, documents, seed)
 
 
 def check_implementation(implementation, axis_name):
   """Raises ValueError unless there is such an implementation."""
-  known = ("reference", *kernels.NAMES)
+  known = ("reference", *kernels.FILES)
   if implementation not in (None, *known):
     raise ValueError(
       f"implementation is {implementation!r}; use None or one of {known}"

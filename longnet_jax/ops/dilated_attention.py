@@ -83,8 +83,9 @@ def dilated_attention(
     axis_name: the mesh axis over which T is sharded, inside `jax.shard_map`;
       all arrays but key_value_seq_lengths are then the device's part. Or a
       `sharded.Layout`, where examples or heads are sharded as well.
-    implementation: "xla" (blockwise, the default; derivatives in reverse mode),
-      or "reference" (dense, for tests and forward mode, O(T^2) memory).
+    implementation: None picks what is fastest and able to; "xla" (blockwise)
+      can do everything in reverse mode; "reference" is dense, for tests and
+      forward mode, in O(T^2) memory.
     return_residual: whether to return the logsumexp as well.
 
   Returns:

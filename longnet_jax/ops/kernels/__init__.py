@@ -24,7 +24,11 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Int, UInt32
 
-NAMES = ("xla",)
+PORTABLE = "xla"
+# The file of each implementation.
+FILES = {PORTABLE: "xla"}
+# The implementation that is tried first on a platform.
+FAST = {}
 
 
 class Mask(NamedTuple):
@@ -57,16 +61,95 @@ class Kernel(NamedTuple):
   backward: (query, key, value, mask, out, lse, dout, dlse, *, scale) ->
     dquery, dkey, dvalue; dlse is (B, S, M, N) or None. A row whose lse is the
     largest float takes no part: it sees no key in all of the softmax.
+  supports: (query, key, mask, dlse=None) -> None, or why it cannot do this, as
+    in "attends in bfloat16, not float32". It may be asked before rows are
+    selected: B, S, M and n tell nothing, nor do values.
   """
 
   forward: Callable
   backward: Callable
+  supports: Callable = lambda query, key, mask, dlse=None: None
 
 
-def load(name: str, platform: str) -> Kernel:
-  """Returns one of `NAMES`, with its sizes for a platform."""
-  module = importlib.import_module(f"{__name__}.{name}")
+def load(name: str | None, platform: str) -> Kernel:
+  """Returns the kernel of an implementation, with its sizes for a platform.
+
+  None picks for each call: the platform's fast kernel where that supports the
+  call, else the portable one. A kernel that is named raises ValueError instead.
+  """
+  portable = _make(PORTABLE, platform)
+  chosen = name or FAST.get(platform, PORTABLE)
+  if chosen == PORTABLE:
+    return portable
+  fast = _make(chosen, platform)
+
+  def other(why):
+    if name is None:
+      return portable
+    raise ValueError(_refusal(name, why))
+
+  functions = (_either(fast, other, which) for which in Kernel._fields[:2])
+  return Kernel(*functions)
+
+
+def check(
+  name: str | None, platform: str, query: Array, key: Array, mask: Mask
+):
+  """Raises ValueError where an implementation that is named cannot do this."""
+  if name in FILES:
+    why = _make(name, platform).supports(query, key, mask)
+    if why:
+      raise ValueError(_refusal(name, why))
+
+
+def _make(name, platform):
+  module = importlib.import_module(f"{__name__}.{FILES[name]}")
   return module.make_kernel(platform)
+
+
+def _refusal(name, why):
+  return (
+    f"implementation={name!r} {why}; use implementation={PORTABLE!r}, or None, "
+    "which picks what is able to"
+  )
+
+
+def _either(fast, other, which):
+  """Returns a function of a kernel: the fast one's, else of `other(why)`.
+
+  The fast kernel is differentiated only where the mixture is differentiated
+  twice: its derivative is that of the other, too.
+  """
+
+  def run(query, key, value, mask, *terms, scale):
+    def bound(kernel):
+      def call(tensors, arrays, terms):
+        masked = arrays._replace(**static)
+        run = getattr(kernel, which)
+        return run(*tensors, masked, *terms, scale=scale)
+
+      return call
+
+    static = {
+      name: getattr(mask, name) for name in ("is_causal", "dropout_rate")
+    }
+    arrays = mask._replace(**dict.fromkeys(static))
+    inputs = (query, key, value), arrays, terms
+    why = fast.supports(query, key, mask, *terms[-1:])
+    if why:
+      return bound(other(why))(*inputs)
+    found = jax.custom_jvp(bound(fast))
+
+    @found.defjvp
+    def _(primals, tangents):
+      exact = bound(other("has no second derivative"))
+      out = found(*primals)
+      _, moved = jax.jvp(exact, primals, tangents)
+      return out, jax.tree.map(lambda x, y: y.astype(x.dtype), out, moved)
+
+    return found(*inputs)
+
+  return run
 
 
 _PLATFORM = contextvars.ContextVar("platform", default=None)
