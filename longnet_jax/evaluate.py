@@ -85,9 +85,10 @@ def evaluate(
 ) -> Evaluation:
   """Scores the same text of a split cut into windows of each length.
 
-  A token sees only its own document and window. Its position is its distance
-  from the start of what it sees, so the scores by position say what context
-  is worth. A longer text than `max_tokens` is sampled evenly.
+  A token sees only its own document and window, or of a stream its window. Its
+  position is its distance from the start of what it sees, so the scores by
+  position say what context is worth. A longer text than `max_tokens` is sampled
+  evenly.
 
   Raises ValueError for a length that the positions cannot number, and for
   numbers of tokens below 1.
@@ -116,9 +117,10 @@ def evaluate(
     params,
   )
   by_length, by_position = {}, {}
+  layout = "stream" if data.layout == "stream" else "packed"
   for length in sorted(set(lengths)):
     source = pipeline.make_source(
-      dataclasses.replace(data, window=length, layout="packed"),
+      dataclasses.replace(data, window=length, layout=layout),
       tokenizer,
       split,
     )

@@ -42,7 +42,10 @@ class DataConfig:
     bpe_vocab_size: ids of "bpe", its separator included.
     window: positions T of a window.
     layout: "packed" cuts all documents end to end, several in one window;
-      "long" cuts each document by itself and pads its last window.
+      "long" cuts each document by itself and pads its last window; "stream"
+      takes the corpus as one sequence: each window is the next stretch of it,
+      in order, and documents see one another, which is what the fastest
+      kernels do.
     seed: of the order of windows, and of the needle task.
     needle_distances: tokens from a planted digit to its recall; each window
       draws one of them.
@@ -71,7 +74,7 @@ class DataConfig:
   tokenizer: Literal["bytes", "bpe"] = "bytes"
   bpe_vocab_size: _BpeSize = 8192
   window: checked.Count = 32_768
-  layout: Literal["packed", "long"] = "packed"
+  layout: Literal["packed", "long", "stream"] = "packed"
   seed: checked.Seed = 0
   needle_distances: tuple[checked.Count, ...] = (64, 256, 1024)
   needle_digits: checked.Count = 4

@@ -6,7 +6,8 @@
 
 A batch is a dict of (B, T) arrays: `tokens` and `targets` int32, `weights`
 float32 (1 where the target counts), `segment_ids` int32 (1, 2, ... for the
-documents of a window, 0 at padding) and `positions` int32 (from 0 in each).
+documents of a window, 0 at padding) and `positions` int32 (from 0 in each). A
+corpus that is one stream of documents has no `segment_ids`.
 
 A document is a separator and its tokens; the target of its last token is the
 next separator. So bits per byte are, for any tokenizer, the summed loss in bits
@@ -50,8 +51,9 @@ class Source(Protocol):
     give the same host_index.
 
     Shuffled: window number step * batch_size + row of an endless sequence that
-    permutes the windows anew in each epoch. Not shuffled: windows in order,
-    each once; rows past the last window have weight 0.
+    permutes the windows anew in each epoch; a stream keeps their order. Not
+    shuffled: windows in order, each once; rows past the last window have
+    weight 0.
     """
     ...
 

@@ -14,8 +14,10 @@ class Windows:
 
   `packed` cuts the whole corpus in sequence: a window holds the end of one
   document, whole ones and the start of another. `long` cuts every document
-  by itself. Each token of the corpus is the target of exactly one position of
-  an epoch; the rest of a last window is padding of weight 0.
+  by itself. `stream` cuts as `packed` does, but keeps the order, and tells no
+  document from the next: its batches have no `segment_ids`. Each token of the
+  corpus is the target of exactly one position of an epoch; the rest of a last
+  window is padding of weight 0.
   """
 
   def __init__(
@@ -31,7 +33,8 @@ class Windows:
     self._tokens = corpus.tokens
     self._separator_id = separator_id
     last = len(corpus.tokens) - 1
-    if layout == "packed":
+    self._is_stream = layout == "stream"
+    if layout in ("packed", "stream"):
       self._bounds = np.array([0, last])
     else:
       self._bounds = np.append(corpus.starts, last)
@@ -39,9 +42,10 @@ class Windows:
     counts = -(-np.diff(self._bounds) // window)
     self._first_window = np.append(0, np.cumsum(counts))
     self.num_windows = int(self._first_window[-1])
-    self._order = (
-      grain.MapDataset.range(self.num_windows).seed(seed).shuffle().repeat()
-    )
+    order = grain.MapDataset.range(self.num_windows).seed(seed)
+    if not self._is_stream:
+      order = order.shuffle()
+    self._order = order.repeat()
     identity = f"{corpus.fingerprint} {window} {layout} {seed}"
     self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
 
@@ -70,12 +74,11 @@ class Windows:
       inputs[row, : end - begin] = self._tokens[begin:end]
       targets[row, : end - begin] = self._tokens[begin + 1 : end + 1]
       weights[row, : end - begin] = 1
-    return {
-      "tokens": inputs,
-      "targets": targets,
-      "weights": weights,
-      **_places(inputs == self._separator_id, weights > 0),
-    }
+    batch = {"tokens": inputs, "targets": targets, "weights": weights}
+    if self._is_stream:
+      places = np.arange(self.window, dtype=np.int32)
+      return {**batch, "positions": np.where(weights > 0, places, 0)}
+    return {**batch, **_places(inputs == self._separator_id, weights > 0)}
 
   def _span(self, number: int) -> tuple[int, int]:
     """First position of a window in the corpus, and the one past its last."""

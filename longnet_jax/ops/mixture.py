@@ -34,8 +34,13 @@ WINDOW = {"cpu": 2**23, "gpu": 2**26, "tpu": 2**26}
 STRETCH = {"cpu": 2**21}
 
 
+@functools.partial(
+  jax.jit, static_argnames=("settings", "layout", "return_residual")
+)
 def attend(settings, layout, inputs, *, return_residual):
   """Returns the mixture's out, and its lse or None.
+
+  A program of its own also where the caller is not compiled.
 
   Args:
     settings: the `arguments.Settings`.
@@ -47,12 +52,6 @@ def attend(settings, layout, inputs, *, return_residual):
   if 0 in query.shape:
     nothing = lax.full_like(query, -jnp.inf, jnp.float32, query.shape[:3])
     return query, nothing if return_residual else None
-  return _compiled(settings, layout, return_residual, inputs)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _compiled(settings, layout, return_residual, inputs):
-  """A program of its own also where the caller is not compiled."""
   out, lse = _mix(settings, layout, return_residual, inputs)
   return out, lse.astype(jnp.float32) if return_residual else None
 

@@ -42,7 +42,7 @@ def make_train_step(
       {"params": params},
       batch["tokens"],
       batch["positions"],
-      batch["segment_ids"],
+      batch.get("segment_ids"),
       deterministic=False,
       rngs={"dropout": key},
       method="hidden",
@@ -110,7 +110,7 @@ def make_score(
       {"params": params},
       batch["tokens"],
       batch["positions"],
-      batch["segment_ids"],
+      batch.get("segment_ids"),
       method="hidden",
     )
     matrix = transformer.output_matrix(params)
@@ -155,7 +155,7 @@ def make_mixing_step(
       {"params": params},
       batch["tokens"],
       batch["positions"],
-      batch["segment_ids"],
+      batch.get("segment_ids"),
       method="hidden",
       mutable=["intermediates"],
     )

@@ -51,7 +51,7 @@ def _oracle_places(tokens, weights):
   return segments, positions
 
 
-@pytest.mark.parametrize("layout", ["packed", "long"])
+@pytest.mark.parametrize("layout", ["packed", "long", "stream"])
 @pytest.mark.parametrize("window", [1, 2, 7, 8, 19])
 def test_every_token_is_the_target_of_its_predecessor_once(window, layout):
   tokens = _corpus().tokens
@@ -80,6 +80,15 @@ def test_long_windows_hold_one_document():
   assert _epoch(source)["segment_ids"].max() == 1
 
 
+def test_a_stream_is_the_corpus_in_order_again_and_again():
+  source, tokens = _windows(8, "stream"), _corpus().tokens
+  epoch = [source.batch(i, 1) for i in range(2 * source.num_windows)]
+  real = [batch["targets"][batch["weights"] > 0] for batch in epoch]
+  np.testing.assert_array_equal(np.concatenate(real), [*tokens[1:]] * 2)
+  assert set(epoch[0]) == {"tokens", "targets", "weights", "positions"}
+  assert epoch[1]["positions"][0].tolist() == list(range(8))
+
+
 def test_types_and_shapes():
   batch = _windows().batch(0, 4)
   assert {key: (a.dtype.name, a.shape) for key, a in batch.items()} == {
@@ -91,7 +100,7 @@ def test_types_and_shapes():
   }
 
 
-@pytest.mark.parametrize("layout", ["packed", "long"])
+@pytest.mark.parametrize("layout", ["packed", "long", "stream"])
 @pytest.mark.parametrize("shuffled", [True, False])
 def test_a_batch_is_the_same_on_1_2_and_4_hosts(layout, shuffled):
   source = _windows(5, layout)
@@ -167,6 +176,7 @@ def test_a_batch_that_hosts_cannot_share_is_refused():
 
 
 def test_fingerprints_differ_with_the_windows():
-  settings = [{}, {"window": 9}, {"layout": "long"}, {"seed": 1}]
-  assert len({_windows(**s).fingerprint for s in settings}) == 4
+  layouts = {"layout": "long"}, {"layout": "stream"}
+  settings = [{}, {"window": 9}, *layouts, {"seed": 1}]
+  assert len({_windows(**s).fingerprint for s in settings}) == 5
   assert _windows().fingerprint == _windows().fingerprint

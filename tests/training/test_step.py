@@ -69,6 +69,23 @@ def test_mixing_weights_sum_to_one(tiny_settings):
   np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
 
 
+def test_documents_of_a_stream_see_one_another(tiny_settings):
+  settings = tiny_settings(data__layout="stream")
+  run = run_lib.make_run(config_lib.build(settings), "none")
+  batch, params = run.train_source.batch(1, 4), run.init().params
+  ones = np.ones_like(batch["tokens"])
+  found, same, cut = (
+    run.eval_step(params, run.place(b))["nats"]
+    for b in (
+      batch,
+      {**batch, "segment_ids": ones},
+      {**batch, "segment_ids": np.cumsum(ones, 1) // 8},
+    )
+  )
+  np.testing.assert_allclose(found, same, rtol=1e-6)
+  assert abs(found - cut) > 1e-3
+
+
 def test_dropout_differs_by_step_and_repeats_by_seed(tiny_settings):
   config = config_lib.build(tiny_settings(model__dropout_rate=0.5))
   run = run_lib.make_run(config, "none")

@@ -205,17 +205,12 @@ def _arranged(queries, keys, mask):
 def _few_at_once(run, arrays, limit):
   """Returns `run(*x)` for each line of the arrays, up to `limit` at once."""
   count = jax.tree.leaves(arrays)[0].shape[0]
-  few = _divisor(count, at_most=limit)
+  few = min(max(limit, 1), count)
+  few = next(n for n in range(few, 0, -1) if count % n == 0)
   if few == count:
     return jax.vmap(run)(*arrays)
   size = few if few > 1 else None
   return lax.map(lambda x: run(*x), arrays, batch_size=size)
-
-
-def _divisor(number, at_most):
-  """Returns the largest divisor up to a limit; at least 1."""
-  limit = min(max(at_most, 1), number)
-  return next(n for n in range(limit, 0, -1) if number % n == 0)
 
 
 def _is_local():
