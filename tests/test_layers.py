@@ -19,6 +19,7 @@ LAYERS = [
   "training",
   "interop",
   "evaluate",
+  "plan",
 ]
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -1,28 +1,54 @@
 """What chips can do by their data sheets."""
 
+from typing import NamedTuple
+
 import jax
 
-# Dense bfloat16 FLOP/s of one device, from the vendors' data sheets, by a part
-# of `device_kind`. First match wins.
-_PEAKS = (
-  ("TPU v4", 275e12),
-  ("TPU v5 lite", 197e12),
-  ("TPU v5e", 197e12),
-  ("TPU v5", 459e12),
-  ("TPU v6", 918e12),
-  ("TPU7x", 2307e12),
-  ("B200", 2250e12),
-  ("H200", 989e12),
-  ("H100 PCIe", 756e12),
-  ("H100", 989e12),
-  ("A100", 312e12),
-  ("L40S", 362e12),
-  ("L4", 121e12),
-  ("V100", 125e12),
+
+class Chip(NamedTuple):
+  """One device by its data sheet.
+
+  kind: a part of JAX's `device_kind`.
+  peak_flops: dense bfloat16 FLOP/s.
+  hbm: bytes of memory.
+  clock: cycles a second of a TPU's cores; None of others.
+  links: bytes a second that a device receives in a ring, both directions used,
+    along one axis of a torus, or over NVLink.
+  """
+
+  kind: str
+  peak_flops: float
+  hbm: int | None = None
+  clock: float | None = None
+  links: float | None = None
+
+
+# First match wins.
+_CHIPS = (
+  Chip("TPU v4", 275e12, 32 * 2**30, 1.05e9, 90e9),
+  Chip("TPU v5 lite", 197e12, 16 * 2**30, 1.5e9, 90e9),
+  Chip("TPU v5e", 197e12, 16 * 2**30, 1.5e9, 90e9),
+  Chip("TPU v5", 459e12, 95 * 2**30, 1.75e9, 180e9),
+  Chip("TPU v6", 918e12, 32 * 2**30, 1.75e9, 180e9),
+  Chip("TPU7x", 2307e12),
+  Chip("B200", 2250e12),
+  Chip("H200", 989e12, 141 * 10**9, None, 450e9),
+  Chip("H100 PCIe", 756e12, 80 * 10**9),
+  Chip("H100", 989e12, 80 * 10**9, None, 450e9),
+  Chip("A100", 312e12),
+  Chip("L40S", 362e12),
+  Chip("L4", 121e12),
+  Chip("V100", 125e12),
 )
+
+
+def find(device: jax.Device | None = None) -> Chip | None:
+  """Returns what is known of a device; by default of the first there is."""
+  kind = (device or jax.devices()[0]).device_kind
+  return next((chip for chip in _CHIPS if chip.kind in kind), None)
 
 
 def peak_flops(device: jax.Device | None = None) -> float | None:
   """bfloat16 FLOP/s of a device by its data sheet; None where not known."""
-  kind = (device or jax.devices()[0]).device_kind
-  return next((peak for name, peak in _PEAKS if name in kind), None)
+  chip = find(device)
+  return chip.peak_flops if chip else None

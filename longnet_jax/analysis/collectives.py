@@ -1,8 +1,11 @@
 """What a compiled program sends between devices, read from its HLO text."""
 
+from collections.abc import Iterator
 import math
 import re
 from typing import NamedTuple
+
+from longnet_jax.analysis import hlo
 
 _SIZES = {
   "f64": 8,
@@ -61,6 +64,14 @@ def collectives(text: str) -> list[Collective]:
       chains.add(chain.groups())
     found.extend(_read(line, match))
   return found
+
+
+def of_program(program: hlo.Program) -> Iterator[tuple[Collective, int]]:
+  """Yields the collectives of a program and how often each is run."""
+  for line in program.lines:
+    if match := _LINE.search(line.text):
+      for found in _read(line.text, match):
+        yield found, line.times
 
 
 def _read(line, match):

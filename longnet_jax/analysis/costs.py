@@ -121,12 +121,38 @@ def train_flops(config, length: int) -> int:
     config: a `LongNetConfig`.
     length: positions of the window.
   """
+  projections, logits, pairs = _forward(config, length)
+  return 3 * (2 * (projections + logits) + 4 * config.head_dim * pairs)
+
+
+def _forward(config, length):
+  """Returns multiplications in blocks and for logits, and pairs of scores."""
   width, heads = config.model_dim, config.num_heads
   projections = width * config.head_dim * (2 * heads + 2 * config.kv_heads)
   block = projections + 2 * width * config.ffn_dim
-  matrices = config.num_layers * block + width * config.vocab_size
-  pairs = config.num_layers * attention_pairs(config, length)
-  return 3 * (2 * matrices * length + 4 * config.head_dim * pairs)
+  return (
+    config.num_layers * block * length,
+    width * config.vocab_size * length,
+    config.num_layers * attention_pairs(config, length),
+  )
+
+
+def computed_flops(config, length: int) -> int:
+  """Returns the FLOPs of a training step as computed, a window of `length`.
+
+  Beside those of `train_flops`, scores are computed a second time backward, and
+  so are logits, and with remat="full" all that a block computes forward; with
+  "dots" its attention alone.
+
+  Args:
+    config: a `LongNetConfig`.
+    length: positions of the window.
+  """
+  projections, logits, pairs = _forward(config, length)
+  blocks = 3 + (config.remat == "full")
+  attention = 4 * (1 + (config.remat != "none")) + 10
+  scores = attention * config.head_dim * pairs
+  return 2 * (blocks * projections + 4 * logits) + scores
 
 
 def attention_pairs(config, length: int) -> int:

@@ -20,6 +20,7 @@ import functools
 from typing import Protocol, runtime_checkable
 
 import grain
+import jax
 import numpy as np
 
 from longnet_jax import checked
@@ -60,6 +61,18 @@ class Source(Protocol):
   def num_batches(self, batch_size: int) -> int:
     """Batches that hold every window once (for shuffled=False)."""
     ...
+
+
+def abstract_batch(
+  config: config_lib.DataConfig, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and types of the batches of a config, (batch_size, T) each."""
+  types = dict.fromkeys(("tokens", "targets", "positions"), np.int32)
+  types["weights"] = np.float32
+  if config.dataset == "needle" or config.layout != "stream":
+    types["segment_ids"] = np.int32
+  shape = batch_size, config.window
+  return {k: jax.ShapeDtypeStruct(shape, dtype) for k, dtype in types.items()}
 
 
 def make_tokenizer(config: config_lib.DataConfig) -> tokenizers.Tokenizer:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -80,17 +80,23 @@ class Run:
     )
 
 
-def make_run(config: config_lib.ExperimentConfig, tokenizer_path) -> Run:
-  """Builds the data, the model and its steps, or raises ValueError.
+class Update(NamedTuple):
+  """What a run computes, which needs no data to be made.
 
-  A tokenizer already at `tokenizer_path` is used again, so that a run never
-  depends on training one twice.
+  model: what is trained, with the core for the mesh.
+  abstract_state: shapes, types and shardings.
+  init: () -> state.
+  train_step: (state, batch) -> (state, metrics).
   """
-  tokenizer = make_tokenizer(config, tokenizer_path)
-  mesh = mesh_lib.make_mesh(
-    config.mesh.data, config.mesh.seq, config.mesh.model
-  )
-  _check_sizes(config, tokenizer, mesh)
+
+  model: transformer.LongNetLM
+  abstract_state: state_lib.TrainState
+  init: Callable
+  train_step: Callable
+
+
+def make_update(config: config_lib.ExperimentConfig, mesh) -> Update:
+  """Builds the model and its compiled train step for a mesh."""
   training = config.training
   model = transformer.LongNetLM(
     config.model, attention.make_attention_fn(config.model, mesh)
@@ -108,10 +114,30 @@ def make_run(config: config_lib.ExperimentConfig, tokenizer_path) -> Run:
     accumulation_steps=training.accumulation_steps,
     may_skip=training.max_skipped > 0,
   )
+  return Update(
+    model,
+    abstract,
+    jax.jit(init, out_shardings=_shardings(abstract)),
+    step_lib.jit_train_step(train_step, mesh, abstract),
+  )
+
+
+def make_run(config: config_lib.ExperimentConfig, tokenizer_path) -> Run:
+  """Builds the data, the model and its steps, or raises ValueError.
+
+  A tokenizer already at `tokenizer_path` is used again, so that a run never
+  depends on training one twice.
+  """
+  tokenizer = make_tokenizer(config, tokenizer_path)
+  mesh = mesh_lib.make_mesh(
+    config.mesh.data, config.mesh.seq, config.mesh.model
+  )
+  _check_sizes(config, tokenizer, mesh)
+  model, abstract, init, train_step = make_update(config, mesh)
   eval_step = step_lib.make_eval_step(
     model,
     jnp.asarray(tokenizer.byte_lengths, jnp.float32),
-    loss_chunk=training.loss_chunk,
+    loss_chunk=config.training.loss_chunk,
   )
   mixing_step = None
   if config.model.attention == "dilated":
@@ -128,8 +154,8 @@ def make_run(config: config_lib.ExperimentConfig, tokenizer_path) -> Run:
     mesh=mesh,
     schedule=optimizer_lib.make_schedule(config.optimizer),
     abstract_state=abstract,
-    init=jax.jit(init, out_shardings=_shardings(abstract)),
-    train_step=step_lib.jit_train_step(train_step, mesh, abstract),
+    init=init,
+    train_step=train_step,
     eval_step=step_lib.jit_on_batch(eval_step, mesh, abstract.params),
     mixing_step=mixing_step,
   )

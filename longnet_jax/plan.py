@@ -1,0 +1,221 @@
+"""Whether a training step fits a pod that nobody has to own, and its cost.
+
+The step of `experiments.train` is compiled for a TPU topology by the compiler
+of the pod itself, which needs no TPU; whether it fits is that compiler's
+verdict, and bytes are its own. Time is an estimate: the cycles that it expects
+of everything outside kernels, kernels by their FLOPs, and links by their bytes.
+"""
+
+import collections
+import dataclasses
+import math
+import os
+import re
+import time
+
+import jax
+from jax.experimental import topologies
+
+from longnet_jax import checked
+from longnet_jax.analysis import chips, collectives, costs, hlo
+from longnet_jax.data import pipeline
+from longnet_jax.ops import kernels
+from longnet_jax.parallel import mesh as mesh_lib
+from longnet_jax.parallel import sharding
+from longnet_jax.training import config as config_lib
+from longnet_jax.training import run as run_lib
+
+EXAMPLES = ("v4:4x4x8", "v5e:16x16", "v5p:8x8x16", "v6e:16x16")
+# Share of the matrix units' rate that kernels are taken to reach.
+KERNEL_SHARE = 0.8
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"?(\d+)')
+_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+_ASKS_NOBODY = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a compiled step takes, of one device where nothing else is said.
+
+  Attributes:
+    topology: what it was compiled for.
+    devices: how many that are.
+    fits: whether the compiler found room.
+    peak_bytes: most memory at a time; None where a compiler refuses and does
+      not say.
+    limit_bytes: memory there is.
+    parameter_bytes: parameters, in float32.
+    optimizer_bytes: their moments.
+    model_flops: of a step over all devices, as published: without what is
+      computed again.
+    computed_flops: with it.
+    collectives: kind, type and group -> bytes received in a step.
+    unknown_loops: loops that were counted once.
+    seconds: name -> estimated seconds of a step; None without an estimate.
+    share_of_peak: model FLOPs over what the chips could do in that time.
+    compile_seconds: CPU seconds of tracing and compiling.
+  """
+
+  topology: str
+  devices: int
+  fits: bool
+  peak_bytes: int | None
+  limit_bytes: int
+  parameter_bytes: int
+  optimizer_bytes: int
+  model_flops: int
+  computed_flops: int
+  collectives: dict[tuple[str, str, int], int]
+  unknown_loops: int
+  seconds: dict[str, float] | None
+  share_of_peak: float | None
+  compile_seconds: float
+
+  def to_dict(self) -> dict:
+    """JSON-ready, for records."""
+    received = [
+      {"kind": kind, "dtype": dtype, "group": group, "bytes": size}
+      for (kind, dtype, group), size in sorted(self.collectives.items())
+    ]
+    return {**dataclasses.asdict(self), "collectives": received}
+
+
+def find_devices(topology: str) -> list[jax.Device]:
+  """Returns the devices of a topology, which need not exist.
+
+  Raises RefusedError where it is not known, or the compiler is not installed.
+  """
+  # A compiler, not a driver: it asks no machine, and shares the library.
+  for name, value in _ASKS_NOBODY.items():
+    os.environ.setdefault(name, value)
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+  except jax.errors.JaxRuntimeError as error:
+    raise checked.RefusedError(
+      f"topology is {topology!r}: {str(error).partition(': ')[2]}; use one "
+      f"such as {', '.join(EXAMPLES)}"
+    ) from None
+  except RuntimeError:
+    raise checked.RefusedError(
+      "the TPU compiler is not installed: pip install -e '.[tpu]' brings it, "
+      "and needs no TPU"
+    ) from None
+  return list(found.devices)
+
+
+def make(config: config_lib.ExperimentConfig, topology: str) -> Plan:
+  """Compiles the train step of a config for a topology.
+
+  Raises RefusedError where the config does not fit the mesh or the devices.
+  """
+  devices = find_devices(topology)
+  mesh = mesh_lib.make_mesh(
+    config.mesh.data, config.mesh.seq, config.mesh.model, devices
+  )
+  run_lib.check_mesh(config, mesh)
+  start = time.process_time()
+  with kernels.compiling_for(devices[0].platform):
+    update = run_lib.make_update(config, mesh)
+    lowered = update.train_step.lower(
+      update.abstract_state, _abstract_batch(config, mesh)
+    )
+    compiled, used = _compile(lowered)
+  seconds = time.process_time() - start
+  return _describe(
+    config, topology, mesh, update.abstract_state, compiled, used, seconds
+  )
+
+
+def _abstract_batch(config, mesh):
+  batch = pipeline.abstract_batch(config.data, config.training.batch_size)
+  where = sharding.batch_sharding(mesh)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batch
+  )
+
+
+def _compile(lowered):
+  """Returns what compiled, or None, and (bytes used, limit) if it did not."""
+  try:
+    return lowered.compile(), None
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    match = _USED.search(str(error))
+    if not match:
+      return None, (None, None)
+    used, unit, limit, limit_unit = match.groups()
+    return None, (
+      int(float(used) * _UNITS[unit]),
+      int(float(limit) * _UNITS[limit_unit]),
+    )
+
+
+def _describe(config, topology, mesh, state, compiled, used, compile_seconds):
+  """Returns the `Plan` of a compiled step, or of a refused one."""
+  chip = chips.find(mesh.devices.flat[0])
+  windows, window = config.training.batch_size, config.data.window
+  model_flops = windows * costs.train_flops(config.model, window)
+  received, unknown, seconds, share = {}, 0, None, None
+  peak, limit = used or (None, None)
+  if compiled is not None:
+    peak = compiled.memory_analysis().peak_memory_in_bytes
+    text = compiled.as_text()
+    program = hlo.read(text)
+    unknown = program.unknown_loops
+    received = _received(program)
+    seconds = _seconds(program, received, chip)
+    share = model_flops / mesh.size / seconds["step"] / chip.peak_flops
+  return Plan(
+    topology=topology,
+    devices=mesh.size,
+    fits=compiled is not None,
+    peak_bytes=peak,
+    limit_bytes=limit or chip.hbm,
+    parameter_bytes=_bytes(state.params),
+    optimizer_bytes=_bytes(state.opt_state),
+    model_flops=model_flops,
+    computed_flops=windows * costs.computed_flops(config.model, window),
+    collectives=received,
+    unknown_loops=unknown,
+    seconds=seconds,
+    share_of_peak=share,
+    compile_seconds=compile_seconds,
+  )
+
+
+def _received(program):
+  """Returns (kind, type, group) -> bytes that a device receives in a step."""
+  total = collections.Counter()
+  for found, times in collectives.of_program(program):
+    total[found[:3]] += found.received * times
+  return dict(total)
+
+
+def _seconds(program, received, chip):
+  """Returns name -> seconds; nothing is taken to run beside anything else."""
+  kernel_flops = sum(
+    int(match[1]) * line.times
+    for line in program.lines
+    if (match := _KERNEL_FLOPS.search(line.text))
+  )
+  seconds = {
+    "compiler": hlo.cycles(program) / chip.clock,
+    "kernels": kernel_flops / (KERNEL_SHARE * chip.peak_flops),
+    "links": sum(received.values()) / chip.links,
+  }
+  return {**seconds, "step": sum(seconds.values())}
+
+
+def _bytes(tree):
+  """Returns the bytes of abstract arrays on one device."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )

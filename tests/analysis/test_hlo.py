@@ -1,0 +1,48 @@
+from longnet_jax.analysis import collectives, hlo
+
+# The form of `compiled.as_text()`, shortened.
+SHORT = """HloModule step
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %twice = f32[8]{0} add(%p, %p), CYCLES:"999"}
+}
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = f32[8]{0} fusion(%t), calls=%fused, CYCLES:"10"}
+  ROOT %y = f32[16]{0} all-gather(%x), replica_groups={{0,1}}
+}
+%condition (t: (s32[], f32[8])) -> pred[] {
+  %limit = s32[] constant(4)
+  ROOT %less = pred[] compare(%t, %limit), direction=LT
+}
+%open (t: (s32[], f32[8])) -> pred[] {
+  ROOT %less = pred[] compare(%t, %t), direction=LT
+}
+%cheap (t: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} fusion(%t), calls=%fused, CYCLES:"1"}
+}
+%dear (t: f32[8]) -> f32[8] {
+  ROOT %b = f32[8]{0} fusion(%t), calls=%fused, CYCLES:"100"}
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %l = (s32[], f32[8]{0}) while(%a), condition=%condition, body=%body
+  %m = (s32[], f32[8]) while(%l), condition=%open, body=%body, TRIPS:{"n":"3"}}
+  %n = (s32[], f32[8]{0}) while(%m), condition=%open, body=%body
+  ROOT %c = f32[8]{0} conditional(%n), branch_computations={%cheap, %dear}
+}
+"""
+TEXT = SHORT.replace("CYCLES", 'backend_config={"estimated_cycles"').replace(
+  "TRIPS", 'backend_config={"known_trip_count"'
+)
+
+
+def test_loops_are_multiplied_and_the_dearer_branch_counts():
+  program = hlo.read(TEXT)
+  assert hlo.cycles(program) == 10 * (4 + 3 + 1) + 100
+  assert program.unknown_loops == 1
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+  found = list(collectives.of_program(hlo.read(TEXT)))
+  assert [times for _, times in found] == [4, 3, 1]
+  assert {x.received for x, _ in found} == {32}
