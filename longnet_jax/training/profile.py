@@ -11,7 +11,7 @@ from longnet_jax.parallel import hosts
 
 
 def parse(text: str | None, last: int) -> range:
-  """ "100:5" -> steps 100 to 104; of a run that ends with step `last`."""
+  """The steps that a text such as "100:5" names, up to `last` of the run."""
   if text is None:
     return range(0)
   legal = f"STEP:COUNT such as {min(100, last)}:1"
@@ -23,7 +23,7 @@ def parse(text: str | None, last: int) -> range:
     checked.refuse(
       "profile", text, f"{legal}, with STEP in 1 to {last} and COUNT above 0"
     )
-  return range(first, first + count)
+  return range(first, min(first + count, last + 1))
 
 
 class Profile:

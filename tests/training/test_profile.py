@@ -16,6 +16,7 @@ def test_what_is_no_profile_is_named_with_a_legal_one(text):
 
 def test_the_steps_of_a_profile():
   assert profile.parse("3:2", 8) == range(3, 5)
+  assert profile.parse("7:9", 8) == range(7, 9)
   assert not profile.parse(None, 8)
 
 
