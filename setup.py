@@ -11,6 +11,10 @@ setuptools.setup(
     include=["longnet_jax*", "experiments*", "configs*"]
   ),
   python_requires=">=3.11",
+  classifiers=[
+    f"Programming Language :: Python :: {version}"
+    for version in ("3.11", "3.12", "3.13")
+  ],
   install_requires=[
     "absl-py>=2.1",
     "array-record>=0.8",

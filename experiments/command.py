@@ -221,3 +221,14 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     return config_flags.DEFINE_config_file(
       "config", default, "settings of the experiment, a file in configs/"
     )
+
+
+def which_checkpoint(text: str) -> int | str:
+  """What --checkpoint says: a step, "latest" or "best"."""
+  if text.isdigit():
+    return int(text)
+  if text not in ("latest", "best"):
+    raise checked.RefusedError(
+      f"--checkpoint is {checked.shown(text)}; use latest, best or a step"
+    )
+  return text

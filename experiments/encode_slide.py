@@ -5,11 +5,12 @@ random and of the released size (12 layers of width 768), or of --layers and
 --width. --slide=FILE.npz has `tiles` (T, C) and `coords` (T, 2) in level-0
 pixels; without one the slide is synthetic, of --num_tiles. Prints time and
 memory; --out=FILE.npz gets the slide's embedding by both poolings and the
-features of its tiles, --json=FILE the measurements.
+features of its tiles, --json=FILE the measurements. All may lie in a bucket.
 
 Released size, measured: docs/slide_10k_tiles.json, docs/slide_100k_tiles.json.
 """
 
+import io
 import json
 import resource
 import time
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 
 from experiments import command, hardware
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.interop import gigapath, torchscale
 from longnet_jax.models import slide_encoder, slides
 from longnet_jax.training import checkpoint
@@ -65,10 +66,12 @@ def main(_) -> None:
     **record,
   }
   if _OUT.value:
-    np.savez(_OUT.value, coords=slide.coords, **outputs)
+    written = io.BytesIO()
+    np.savez(written, coords=slide.coords, **outputs)
+    storage.write_whole(_out(), written.getvalue())
   if _JSON.value:
-    with open(_JSON.value, "w") as file:
-      file.write(json.dumps(record, indent=2) + "\n")
+    text = json.dumps(record, indent=2) + "\n"
+    storage.write_whole(storage.path(_JSON.value), text)
 
 
 def encode(
@@ -138,7 +141,14 @@ def _slide(config):
     return synthetic_slide(
       _NUM_TILES.value, config.tile_dim, config.tile_size, seed=0
     )
-  return gigapath.read_slide(_SLIDE.value)
+  with storage.on_this_machine(storage.path(_SLIDE.value)) as file:
+    return gigapath.read_slide(file)
+
+
+def _out() -> storage.Path:
+  """Where --out says, with the suffix that np.savez would add."""
+  path = storage.path(_OUT.value)
+  return path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
 
 
 def _peak_bytes():

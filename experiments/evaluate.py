@@ -59,7 +59,7 @@ def main(_) -> None:
 def evaluate_workdir(workdir: storage.Path, lengths: list[int]) -> dict:
   """Prints one workdir's table and writes its JSON, which it returns."""
   with checkpoint.open_to_read(workdir) as checkpoints:
-    step = checkpoints.find(_which(_CHECKPOINT.value))
+    step = checkpoints.find(command.which_checkpoint(_CHECKPOINT.value))
   model, params = checkpoint.load_checkpoint(workdir, step=step)
   config = workdir_lib.read_config(workdir)
   result = evaluate.evaluate(
@@ -90,16 +90,6 @@ def _length(text: str) -> int:
       f"--lengths has {checked.shown(text)}; use whole numbers such as 2048"
     )
   return int(text)
-
-
-def _which(text: str) -> int | str:
-  if text.isdigit():
-    return int(text)
-  if text not in ("latest", "best"):
-    raise checked.RefusedError(
-      f"--checkpoint is {checked.shown(text)}; use latest, best or a step"
-    )
-  return text
 
 
 def _labels(workdirs: list[storage.Path]) -> list[str]:

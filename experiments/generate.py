@@ -57,7 +57,7 @@ def main(_) -> None:
   settings = workdir_lib.read_config(_WORKDIR.value)
   tokenizer = tokenizers.load(workdir_lib.tokenizer_path(_WORKDIR.value))
   config, params = checkpoint.load_checkpoint(
-    _WORKDIR.value, step=_which(_CHECKPOINT.value)
+    _WORKDIR.value, step=command.which_checkpoint(_CHECKPOINT.value)
   )
   # A document begins with the separator in training as well.
   prompt = np.concatenate([[tokenizer.separator_id], tokenizer.encode(text)])
@@ -130,16 +130,6 @@ def _writer(tokenizer):
 
 def _warn(message: str) -> None:
   print(message, file=sys.stderr, flush=True)
-
-
-def _which(text: str) -> int | str:
-  if text.isdigit():
-    return int(text)
-  if text not in ("latest", "best"):
-    raise checked.RefusedError(
-      f"--checkpoint is {checked.shown(text)}; use latest, best or a step"
-    )
-  return text
 
 
 if __name__ == "__main__":

@@ -29,6 +29,12 @@ _WORKDIR = flags.DEFINE_string(
 _FALLBACK = flags.DEFINE_bool(
   "fallback", False, "go on from the last checkpoint that can be read"
 )
+_PROFILE = flags.DEFINE_string(
+  "profile", None, "STEP:COUNT, steps to trace into WORKDIR/profile"
+)
+_TRACKER = flags.DEFINE_string(
+  "tracker", None, "module:function that gets the metrics, too"
+)
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
   None,
@@ -68,7 +74,13 @@ def main(_) -> int:
     fake_devices=_FAKE_DEVICES.value,
     join_timeout=_JOIN_TIMEOUT.value,
   )
-  result = loop.train(config, workdir, fallback=_FALLBACK.value)
+  result = loop.train(
+    config,
+    workdir,
+    fallback=_FALLBACK.value,
+    profile=_PROFILE.value,
+    tracker=_TRACKER.value,
+  )
   if hosts.is_first():
     print(f"{workdir}: step {result.step}, parameters {result.fingerprint}")
   return 128 + result.signal if result.signal else 0

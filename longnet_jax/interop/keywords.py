@@ -35,6 +35,8 @@ _SWITCHES = {
   "segment_length": None,
   "dilated_ratio": None,
 }
+# Of its xPos, which no setting changes.
+_ROTARY_BASE = 10_000
 _MAX_POSITIONS = {
   "decoder": "max_target_positions",
   "encoder": "max_source_positions",
@@ -205,6 +207,10 @@ def check_exportable(
     problem = "position='rope'"
   elif config.kv_heads != config.num_heads:
     problem = f"num_kv_heads={config.num_kv_heads}"
+  elif config.position == "xpos" and config.rotary_base != _ROTARY_BASE:
+    problem = f"rotary_base={config.rotary_base:g}"
+  elif not decoder and config.sub_layernorm and config.norm_position == "post":
+    problem = "norm_position='post' in an encoder with sub_layernorm=True"
   elif config.attention == "dilated":
     if config.padding != "zeros" and not decoder:
       problem = f"padding={config.padding!r}"

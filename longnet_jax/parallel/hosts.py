@@ -113,12 +113,18 @@ def gather(array) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(np.asarray(array)))
 
 
+def texts(text: str) -> list[str]:
+  """The texts of all processes on each of them, at most 500 bytes of each."""
+  if jax.process_count() == 1:
+    return [text]
+  row = np.frombuffer(text.encode()[:500].ljust(500), np.uint8)
+  rows = gather(row)
+  return [row.tobytes().decode(errors="ignore").rstrip() for row in rows]
+
+
 def text_of_first(text: str) -> str:
   """The text of the first process on each of them, at most 500 bytes of it."""
-  if jax.process_count() == 1:
-    return text
-  row = np.frombuffer(text.encode()[:500].ljust(500), np.uint8)
-  return gather(row)[0].tobytes().decode(errors="ignore").rstrip()
+  return texts(text)[0]
 
 
 def check_equal(values: Mapping[str, str]) -> None:

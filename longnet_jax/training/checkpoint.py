@@ -130,7 +130,9 @@ class Checkpoints:
   ) -> None:
     """Starts writing; returns once the state may be overwritten.
 
-    `records` are the JSON items; `validation` has at least a "loss".
+    That is when it has been copied to this host, and not before the save before
+    is on disk, so that there is one copy at a time. `records` are the JSON
+    items; `validation` has at least a "loss".
     """
     validation = orbax_items.plain(validation)
     arrays = dict(
@@ -145,6 +147,10 @@ class Checkpoints:
       self._manager.save(
         step, args=ocp.args.Composite(**items), metrics=validation
       )
+
+  def is_writing(self) -> bool:
+    """Whether a save is still being written in the background."""
+    return self._manager.is_saving_in_progress()
 
   def save_params(self, params, records: dict[str, dict]) -> None:
     """Writes parameters that were not trained here, as step 0."""

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
@@ -12,12 +13,15 @@ import numpy as np
 from longnet_jax import checked, storage
 from longnet_jax.data import pipeline
 from longnet_jax.parallel import hosts, sharding
+from longnet_jax.training import attempts as attempts_lib
 from longnet_jax.training import checkpoint, curves, lease, stopping, watchdog
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import metrics as metrics_lib
+from longnet_jax.training import profile as profile_lib
 from longnet_jax.training import report as report_lib
 from longnet_jax.training import run as run_lib
 from longnet_jax.training import state as state_lib
+from longnet_jax.training import tracker as tracker_lib
 from longnet_jax.training import workdir as workdir_lib
 
 
@@ -37,10 +41,14 @@ def train(
   *,
   stream=None,
   fallback: bool = False,
+  profile: str | None = None,
+  tracker: str | None = None,
 ) -> Result:
   """Trains in `workdir` until `training.steps`, from its last checkpoint on.
 
-  With `fallback` that is the last one that can be read.
+  With `fallback` that is the last one that can be read. `profile`, such as
+  "100:5", traces steps, see profile.py; `tracker`, such as "my_runs:track",
+  gets the records, too, see tracker.py.
 
   Raises ValueError for settings that cannot work or belong to another run,
   CheckpointError where one cannot be read or written, and DivergedError where
@@ -48,7 +56,11 @@ def train(
   Of several processes (`hosts.start`) all call it with the same arguments and
   get the same result; the first one writes the records.
   """
+  began = time.monotonic()
   settings = dataclasses.asdict(config)
+  traced = profile_lib.parse(profile, config.training.steps)
+  first = hosts.is_first() or None
+  track = first and tracker and tracker_lib.load(tracker)
   checkpoint.folder(workdir)  # or the checkpoints could lie nowhere
   workdir_lib.check(workdir, settings)
   run = run_lib.make_run(config, workdir_lib.tokenizer_path(workdir))
@@ -59,8 +71,19 @@ def train(
   with lease.hold(workdir) as check_lease:
     workdir_lib.check(workdir, settings)  # now that nobody else may write it
     records = workdir_lib.write_records(workdir, settings, run)
-    result = _train(run, workdir, records, check_lease, stream, fallback)
-    if hosts.is_first():
+    open_writer = functools.partial(
+      metrics_lib.open_writer,
+      workdir,
+      total=config.training.steps,
+      stream=stream,
+      attempts=first and attempts_lib.Attempts(workdir, began),
+      tracker=track and tracker_lib.Tracker(tracker, track, settings, workdir),
+    )
+    trace = profile_lib.Profile(traced, workdir)
+    result = _train(
+      run, workdir, records, check_lease, open_writer, trace, fallback
+    )
+    if first:
       curves.draw_losses(
         {"": metrics_lib.read_metrics(workdir)},
         workdir_lib.loss_picture_path(workdir),
@@ -68,7 +91,9 @@ def train(
   return result
 
 
-def _train(run, workdir, records, check_lease, stream, fallback) -> Result:
+def _train(
+  run, workdir, records, check_lease, open_writer, trace, fallback
+) -> Result:
   """Trains a run whose workdir is ours and has its records."""
   training = run.config.training
   with checkpoint.Checkpoints(
@@ -81,14 +106,18 @@ def _train(run, workdir, records, check_lease, stream, fallback) -> Result:
       writer.flush()  # what a later start keeps is on record before
       checkpoints.save(step, state, records, validation)
 
-    with metrics_lib.open_writer(
-      workdir, start=start, total=training.steps, stream=stream
-    ) as writer:
+    with open_writer(start=start) as writer:
       writer.say(run.describe())
+      if planned := trace.describe(start):
+        writer.say(planned)
       with stopping.catch_signals() as caught, _naming_last_good(checkpoints):
-        minutes = training.checkpoint_minutes
-        stop = stopping.Stop(run.mesh, caught, save_minutes=minutes)
-        state = run_steps(run, state, start, writer, save, stop)
+        stop = stopping.Stop(
+          run.mesh,
+          caught,
+          save_minutes=training.checkpoint_minutes,
+          saving=checkpoints.is_writing,
+        )
+        state = run_steps(run, state, start, writer, save, stop, trace)
     checkpoints.wait()
     step = int(state.step)
     validation = checkpoints.metrics(step) or {}
@@ -142,7 +171,9 @@ def _restore(run, checkpoints, step) -> state_lib.TrainState:
   return checkpoints.restore(step, run.abstract_state)
 
 
-def run_steps(run, state, start, writer, save, stop) -> state_lib.TrainState:
+def run_steps(
+  run, state, start, writer, save, stop, trace
+) -> state_lib.TrainState:
   """Trains to the last step, or to the step during which a signal came."""
   training = run.config.training
   report = report_lib.Report(run, writer)
@@ -151,14 +182,16 @@ def run_steps(run, state, start, writer, save, stop) -> state_lib.TrainState:
     watchdog.Watchdog(
       training.watchdog_minutes, ends=training.watchdog_ends
     ) as watch,
+    trace,
   ):
-    for step, batch in enumerate(batches, start + 1):
-      placed = run.place(batch)
+    for step, placed in enumerate(report.timed(batches), start + 1):
+      trace.begin(step)
       state, metrics = run.train_step(state, placed)
       last = stop.after_step() or step == training.steps
       if step % training.log_every == 0 and run.mixing_step:
         metrics["mixing"] = run.mixing_step(state.params, placed)
       report.hold(step, metrics)
+      trace.end(step, state)
       watch.done(step)
       validation = None
       if step % training.eval_every == 0 or step == training.steps:
@@ -169,7 +202,7 @@ def run_steps(run, state, start, writer, save, stop) -> state_lib.TrainState:
       due = step % training.checkpoint_every == 0 or stop.save_is_due
       if last or due:
         report.flush()
-        with report.paused():
+        with report.paused("save"):
           save(step, state, validation=validation)
         stop.saved()
         watch.done(step)

@@ -10,6 +10,8 @@ import tqdm
 
 from longnet_jax import checked, storage
 from longnet_jax.parallel import hosts
+from longnet_jax.training import attempts as attempts_lib
+from longnet_jax.training import tracker as tracker_lib
 
 # Seconds between two times that a bucket gets the records.
 _PATIENCE = 30
@@ -90,11 +92,24 @@ class Writer:
   """Writes records of a run that has done `start` of `total` steps.
 
   Records past `start`, left by a process that got further than its last
-  checkpoint, are removed: their steps will be done again.
+  checkpoint, are removed: their steps will be done again. A record says of the
+  `attempts` how the time of their steps counts.
   """
 
-  def __init__(self, workdir, *, start: int, total: int, stream=None):
+  def __init__(
+    self,
+    workdir,
+    *,
+    start: int,
+    total: int,
+    stream=None,
+    attempts: attempts_lib.Attempts | None = None,
+    tracker: tracker_lib.Tracker | None = None,
+  ):
     kept = [r for r in read_metrics(workdir) if r["step"] <= start]
+    self._attempts, self._tracker = attempts, tracker
+    if attempts:
+      attempts.count(sum(r.get("step_seconds", 0.0) for r in kept))
     path = metrics_path(workdir)
     lines = [json.dumps(record) + "\n" for record in kept]
     kind = _Object if storage.is_remote(path) else _File
@@ -109,22 +124,32 @@ class Writer:
   def __exit__(self, *_):
     self.close()
 
-  def record(self, step: int, values: dict[str, float]) -> None:
+  def record(self, step: int, values: dict[str, int | float | str]) -> None:
     """Appends a record and shows it."""
+    if self._attempts:
+      self._attempts.count(values["step_seconds"])
+      values = values | self._attempts.values()
     self._file.add(json.dumps({"step": step, **values}) + "\n")
+    numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
     if self._board is not None:
-      for name, value in values.items():
+      for name, value in numbers.items():
         self._board.add_scalar(name, value, step)
+    if self._tracker:
+      self._tracker.record(step, numbers)
     self._progress.show(step, values)
 
   def flush(self) -> None:
     """Returns when what was recorded would outlive this machine."""
     self._file.flush()
+    if self._attempts:
+      self._attempts.write()
 
   def close(self) -> None:
     """Closes the files and ends the progress line."""
     self._progress.close()
     self._file.close()
+    if self._attempts:
+      self._attempts.write()
     if self._board is not None:
       self._board.close()
 
@@ -138,7 +163,7 @@ class SilentWriter:
   def __exit__(self, *_):
     pass
 
-  def record(self, step: int, values: dict[str, float]) -> None:
+  def record(self, step: int, values: dict[str, int | float | str]) -> None:
     """Does nothing, as do the others."""
 
   def flush(self) -> None:
@@ -173,7 +198,7 @@ class Progress:
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
 
-  def show(self, step: int, values: dict[str, float]) -> None:
+  def show(self, step: int, values: dict[str, int | float | str]) -> None:
     """Shows the record of a step."""
     text = summary(values)
     if self._bar is not None:
@@ -196,7 +221,7 @@ class Progress:
       self._bar.close()
 
 
-def summary(values: dict[str, float]) -> str:
+def summary(values: dict[str, int | float | str]) -> str:
   """The few numbers of a record that a person watches."""
   shown = (
     ("loss", "loss {:.4f}"),

@@ -1,6 +1,6 @@
 """Turns the metrics of steps into records, one step late."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import math
 import time
@@ -10,6 +10,16 @@ import jax
 from longnet_jax.analysis import chips
 from longnet_jax.training import metrics as metrics_lib
 from longnet_jax.training import run as run_lib
+from longnet_jax.training import slowest as slowest_lib
+
+# What the host does beside the steps.
+_PARTS = ("input", "save", "evaluation")
+# Our names of what a device says of its memory.
+_MEMORY = {
+  "device_bytes": "bytes_in_use",
+  "device_peak_bytes": "peak_bytes_in_use",
+  "device_limit_bytes": "bytes_limit",
+}
 
 
 class DivergedError(RuntimeError):
@@ -30,11 +40,29 @@ class Report:
     self._skipped = self._skipped_in_a_row = 0
     peak = chips.peak_flops(run.mesh.devices.flat[0])
     self._peak = peak and peak * run.mesh.size
+    self._spent = dict.fromkeys(_PARTS, 0.0)  # seconds since the start
+    self._recorded = dict(self._spent)
+    self._slowest = None
+    if jax.process_count() > 1:
+      self._slowest = slowest_lib.Slowest(run.mesh)
+
+  def timed(self, batches: Iterable) -> Iterator:
+    """The batches, on devices; what it takes to have them counts as input."""
+    batches = iter(batches)
+    while True:
+      with self._counted("input"):
+        batch = next(batches, None)
+        placed = batch and self._run.place(batch)
+      if batch is None:
+        return
+      yield placed
 
   def hold(self, step: int, metrics: dict) -> None:
     """Keeps a step's metrics and deals with those of the step before."""
+    if self._slowest and step % self._run.config.training.log_every == 0:
+      metrics["hosts"] = self._slowest.ask(self._spent["input"])
     self.flush()
-    self._held = (step, metrics)
+    self._held = (step, metrics, dict(self._spent))
 
   def flush(self, validate: Callable[[], dict] | None = None) -> dict | None:
     """Checks and records what is held, with the results of `validate`.
@@ -43,8 +71,10 @@ class Report:
     """
     if self._held is None:
       return None
-    (step, metrics), self._held = self._held, None
-    values = self._without_skipped(step, _scalars(jax.device_get(metrics)))
+    (step, metrics, spent), self._held = self._held, None
+    metrics = jax.device_get(metrics)
+    waits = metrics.pop("hosts", None)
+    values = self._without_skipped(step, _scalars(metrics))
     self._count(values.pop("tokens", 0.0))
     self._writer.advance(step)
     due = step % self._run.config.training.log_every == 0
@@ -54,11 +84,15 @@ class Report:
     values["learning_rate"] = float(self._run.schedule(step - 1))
     validation = None
     if validate is not None:
-      with self.paused():
+      with self.paused("evaluation"):
         validation = validate()
       found = {f"validation_{k}": v for k, v in validation.items()}
       _check_finite(step, found)
       values |= found
+      spent["evaluation"] = self._spent["evaluation"]
+    values |= self._since_record(spent) | _memory()
+    if waits is not None:
+      values |= self._slowest.values(waits)
     self._writer.record(step, values)
     return validation
 
@@ -75,11 +109,23 @@ class Report:
     return {k: v for k, v in values.items() if math.isfinite(v)}
 
   @contextlib.contextmanager
-  def paused(self):
-    """Leaves the time in this block out of the throughput."""
+  def paused(self, part: str):
+    """Counts the time in this block as a part's, and not as the steps'."""
+    before = self._spent[part]
+    with self._counted(part):
+      yield
+    self._since += self._spent[part] - before
+
+  @contextlib.contextmanager
+  def _counted(self, part: str):
     began = time.perf_counter()
     yield
-    self._since += time.perf_counter() - began
+    self._spent[part] += time.perf_counter() - began
+
+  def _since_record(self, spent: dict[str, float]) -> dict[str, float]:
+    """Seconds of each part since the last record."""
+    before, self._recorded = self._recorded, spent
+    return {f"{part}_seconds": spent[part] - before[part] for part in _PARTS}
 
   def _count(self, tokens: float) -> None:
     """Counts a step's tokens, but not of the first: it holds compilation."""
@@ -91,15 +137,27 @@ class Report:
   def _throughput(self) -> dict[str, float]:
     """Rates since the last record, over all devices."""
     now = time.perf_counter()
-    rate = self._tokens / (now - self._since) if self._tokens else 0.0
+    seconds = now - self._since
+    rate = self._tokens / seconds if self._tokens else 0.0
     self._tokens, self._since = 0.0, now
+    values = {"step_seconds": seconds}
     if not rate:
-      return {}
+      return values
     flops_rate = rate * run_lib.flops_per_token(self._run)
-    values = {"tokens_per_second": rate, "flops_per_second": flops_rate}
+    values |= {"tokens_per_second": rate, "flops_per_second": flops_rate}
     if self._peak:
       values["share_of_peak"] = flops_rate / self._peak
     return values
+
+
+def _memory() -> dict[str, int]:
+  """Bytes of the fullest device of this host; nothing where none says."""
+  found = [stats for d in jax.local_devices() if (stats := d.memory_stats())]
+  return {
+    name: max(stats[key] for stats in found)
+    for name, key in _MEMORY.items()
+    if found and all(key in stats for stats in found)
+  }
 
 
 def _check_finite(step: int, values: dict[str, float]) -> None:

@@ -1,6 +1,6 @@
 """What interrupts a run, on every process after the same step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import signal
 import time
@@ -45,7 +45,8 @@ class Stop:
 
   Several processes ask the devices, with a reduction of one number behind each
   step, and read the answer a step later: nothing waits for it. The number is
-  twice a signal, plus one where the first process finds a save is due.
+  twice a signal, plus one where the first process finds a save is due: minutes
+  have passed, and `saving` says that none is being written.
   """
 
   def __init__(
@@ -54,8 +55,9 @@ class Stop:
     caught: list[signal.Signals],
     *,
     save_minutes: float = 0,
+    saving: Callable[[], bool] = lambda: False,
   ):
-    self._caught = caught
+    self._caught, self._saving = caught, saving
     self._votes = NamedSharding(mesh, P(mesh.axis_names))
     self._count = mesh.size
     self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
@@ -95,7 +97,8 @@ class Stop:
     number = int(self._caught[0]) if self._caught else 0
     waited = time.monotonic() - self._since
     due = self._save_seconds and waited > self._save_seconds
-    return 2 * number + int(bool(due) and hosts.is_first())
+    due = due and hosts.is_first() and not self._saving()
+    return 2 * number + int(bool(due))
 
   def _ask(self) -> jax.Array:
     number = self._number()

@@ -3,8 +3,10 @@
 config.json     every setting of the run
 tokenizer.json  what maps text to tokens
 metrics.jsonl   one record a line
+attempts.json   when it was started, see attempts.py
 owner.json      which process trains in it, see lease.py
 loss.png        its curves
+profile/        traces of steps, see profile.py
 checkpoints/    see checkpoint.py
 """
 

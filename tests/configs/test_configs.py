@@ -1,5 +1,6 @@
 import dataclasses
 import importlib
+import inspect
 import pathlib
 
 import jax
@@ -89,7 +90,8 @@ def test_base_has_the_defaults_of_the_library(cls, group):
   for field in dataclasses.fields(cls):
     if field.default is not dataclasses.MISSING and field.default != ():
       assert settings[field.name] == field.default
-    assert f"    {field.name}: " in cls.__doc__
+    # Python 3.13 takes the indentation away, those before do not.
+    assert f"\n  {field.name}: " in inspect.getdoc(cls)
 
 
 def test_an_unknown_size_of_the_paper_names_the_legal_ones():

@@ -1,5 +1,6 @@
 """A run in a bucket, with a server of Google Cloud Storage on this machine."""
 
+import functools
 import os
 import pathlib
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -106,3 +108,41 @@ def test_a_server_that_vanishes_is_one_line(environment, config_file):
   _, err = process.communicate()
   assert process.returncode == 4, err
   assert "error: gs://bucket/three" in err and "Traceback" not in err
+
+
+def test_a_slide_in_a_bucket_is_encoded_by_weights_in_it(environment, tmp_path):
+  golden = ROOT / "tests" / "golden"
+  slides = np.load(golden / "gigapath_small.npz")
+  local, remote = tmp_path / "slide.npz", "gs://bucket/slide.npz"
+  np.savez(local, tiles=slides["tiles"][0], coords=slides["coords"][0])
+  copy = (
+    "import sys\nfrom longnet_jax import storage\n"
+    "source, target = map(storage.path, sys.argv[1:])\n"
+    "storage.write_whole(target, storage.read(source))\n"
+  )
+  run = functools.partial(subprocess.run, env=environment, cwd=ROOT, check=True)
+  run([sys.executable, "-c", copy, local, remote])
+  settings = '{"heads": 8, "slide_ngrids": 50, "segment_lengths": '
+  settings += "[16, 40, 128, 300, 1024]}"
+  imported = _start(
+    environment,
+    "import_weights",
+    golden / "gigapath_small.pth",
+    "--kind=gigapath",
+    "--workdir=gs://bucket/slides",
+    f"--config={settings}",
+  )
+  _finish(imported)
+  results = {}
+  for slide, out in ((remote, "gs://bucket/out.npz"), (local, tmp_path / "a")):
+    flags = ["--workdir=gs://bucket/slides", f"--slide={slide}", f"--out={out}"]
+    _finish(_start(environment, "encode_slide", *flags))
+    results[slide] = out
+  run([sys.executable, "-c", copy, results[remote], tmp_path / "b.npz"])
+  one, two = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
+  for name in ("cls", "mean", "features", "coords"):
+    np.testing.assert_array_equal(one[name], two[name])
+  # The weights leave it, too.
+  flags = ["--workdir=gs://bucket/slides", "--out=gs://bucket/exported"]
+  assert "tensors" in _finish(_start(environment, "export_weights", *flags))
+  assert not (ROOT / "gs:").exists()

@@ -42,6 +42,14 @@ def _run(command, *arguments, fails=False, **options):
   return process.stderr if fails else process.stdout
 
 
+def _tensors(path):
+  """Name -> type, shape and bytes."""
+  return {
+    name: (array.dtype, array.shape, array.tobytes())
+    for name, array in safetensors_numpy.load_file(path).items()
+  }
+
+
 def test_slide_encoder_from_pth_to_embedding(tmp_path):
   workdir = tmp_path / "slide"
   printed = _run(
@@ -110,6 +118,15 @@ def test_decoder_can_be_evaluated_and_continued(tmp_path):
   )
   _, loaded = longnet_jax.load_checkpoint(workdir)
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
+  _run("export_weights", workdir=workdir, format="torchscale")
+  again = workdir / "torchscale"
+  assert _tensors(again / "model.safetensors") == _tensors(source)
+  assert json.loads((again / "config.json").read_text()) == json.loads(
+    settings.read_text()
+  )
+  assert (again / "tokenizer.json").read_bytes() == (
+    workdir / "tokenizer.json"
+  ).read_bytes()
   printed = _run("evaluate", workdir=workdir, lengths=32, max_tokens=2000)
   assert "step 0, test split" in printed
   result = json.loads((workdir / "evaluation.json").read_text())

@@ -144,6 +144,7 @@ def test_copies_are_checked(read_golden):
     ({"position": "rope"}, "position='rope'"),
     ({"num_kv_heads": 2}, "num_kv_heads=2"),
     ({"attention": "sparse"}, "attention='sparse'"),
+    ({"rotary_base": 5e5}, "rotary_base=500000"),
   ],
 )
 def test_refuses_to_export_what_torchscale_lacks(read_golden, changes, problem):
@@ -151,6 +152,15 @@ def test_refuses_to_export_what_torchscale_lacks(read_golden, changes, problem):
   longnet, params = torchscale.convert(state, config)
   with pytest.raises(ValueError, match=f"torchscale has no {problem}"):
     torchscale.export(dataclasses.replace(longnet, **changes), params)
+
+
+def test_an_encoder_of_torchscale_with_inner_norms_has_outer_ones(read_golden):
+  longnet = keywords.convert(read_golden("torchscale_encoder")[1])
+  post = dataclasses.replace(
+    longnet, norm_position="post", sub_layernorm=True, deepnorm=False
+  )
+  with pytest.raises(ValueError, match="has no norm_position='post' in an enc"):
+    keywords.export(post, decoder=False)
 
 
 def test_refuses_to_export_other_parameters(read_golden):

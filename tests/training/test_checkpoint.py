@@ -50,6 +50,16 @@ def test_latest_and_best_are_kept(series):
       checkpoints.find(3)
 
 
+def test_multiples_are_kept_for_ever(tmp_path):
+  with checkpoint.Checkpoints(
+    tmp_path, max_to_keep=1, keep_every=2
+  ) as checkpoints:
+    for step in range(1, 6):
+      checkpoints.save(step, _state(step), records=_RECORDS)
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 4, 5]
+
+
 def test_restore_is_exact_on_other_devices(series):
   devices = np.array(jax.devices()[:4])
   mesh = jax.sharding.Mesh(devices, ("x",))

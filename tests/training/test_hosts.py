@@ -26,6 +26,18 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parent.parent.parent
 STEPS = 8
 _STEPS_FLAG = "--config.training.steps"
+# The command, with a last process that is slow to have its batches.
+_SLOW_INPUT = """
+import runpy, time
+import jax
+from longnet_jax.training import run
+place = run.Run.place
+def slow(self, batch):
+  time.sleep(0.1 * (jax.process_index() == jax.process_count() - 1))
+  return place(self, batch)
+run.Run.place = slow
+runpy.run_module("experiments.train", run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +74,15 @@ def _write(settings, folder):
 class _Processes:
   """`count` processes of one run, started together."""
 
-  def __init__(self, count, *flags):
+  def __init__(self, count, *flags, program=("-m", "experiments.train")):
     with socket.socket() as probe:
       probe.bind(("localhost", 0))
       port = probe.getsockname()[1]
     self._texts = None
     joining = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
     self.all = [
-      _start(*flags, *joining, f"--process_id={i}") for i in range(count)
+      _start(program, *flags, *joining, f"--process_id={i}")
+      for i in range(count)
     ]
 
   def __enter__(self):
@@ -95,10 +108,10 @@ class _Processes:
     return False
 
 
-def _start(*flags):
+def _start(program, *flags):
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   return subprocess.Popen(
-    [sys.executable, "-m", "experiments.train", *map(str, flags)],
+    [sys.executable, *program, *map(str, flags)],
     cwd=ROOT,
     env=environment,
     stdout=subprocess.PIPE,
@@ -130,7 +143,8 @@ def _check_a_killed_run(settings, folder, count, killed, devices):
   assert all(codes), texts
   steps = _complete(workdir)[-1] + STEPS
   settings.training.steps = steps
-  with _Processes(count, *flags, f"{_STEPS_FLAG}={steps}") as second:
+  flags.append(f"{_STEPS_FLAG}={steps}")
+  with _Processes(count, *flags, program=("-c", _SLOW_INPUT)) as second:
     codes, texts = second.finish()
   assert codes == [0] * count, texts
   assert f"step {steps}, parameters" in texts[0][0]
@@ -139,6 +153,10 @@ def _check_a_killed_run(settings, folder, count, killed, devices):
   loop.train(config_lib.build(settings), alone, stream=io.StringIO())
   records, expected = map(metrics.read_metrics, (workdir, alone))
   assert [r["step"] for r in records] == list(range(1, steps + 1))
+  late = [r for r in records if r["attempt"] == 2]
+  slowest = [r["slowest_process"] for r in late]
+  assert slowest.count(count - 1) > len(slowest) / 2
+  assert {r["slowest_host"] for r in late} == {socket.gethostname()}
   for name in ("loss", "gradient_norm"):
     np.testing.assert_allclose(
       [r[name] for r in records], [r[name] for r in expected], rtol=1e-4

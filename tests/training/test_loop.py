@@ -1,11 +1,16 @@
 import io
+import json
 import os
+import pathlib
+import re
 import shutil
 import signal
 import threading
+import types
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
 
@@ -19,16 +24,18 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 _SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
-def _train(settings, workdir):
+def _train(settings, workdir, **options):
   stream = io.StringIO()
-  return loop.train(config_lib.build(settings), workdir, stream=stream), stream
+  config = config_lib.build(settings)
+  return loop.train(config, workdir, stream=stream, **options), stream
 
 
 @pytest.fixture(scope="module")
 def straight(tiny_settings, tmp_path_factory, standard_promotion):
-  """A run of four steps without a break."""
+  """A run of four steps without a break, watched in every way there is."""
   workdir = tmp_path_factory.mktemp("straight")
-  return workdir, *_train(tiny_settings(), workdir)
+  watched = {"profile": "3:1", "tracker": "tests.training.tracked:track"}
+  return workdir, *_train(tiny_settings(), workdir, **watched)
 
 
 def _state(workdir, settings, step):
@@ -51,10 +58,17 @@ def test_two_and_two_steps_are_four(straight, tiny_settings, tmp_path):
     _state(tmp_path, tiny_settings(), 4),
     _state(workdir, tiny_settings(), 4),
   )
-  drop = lambda r: {k: v for k, v in r.items() if "second" not in k}
-  assert [drop(r) for r in metrics.read_metrics(tmp_path)] == [
+  times = ("second", "attempt", "goodput")
+  drop = lambda r: {
+    k: v for k, v in r.items() if not any(t in k for t in times)
+  }
+  records = metrics.read_metrics(tmp_path)
+  assert [drop(r) for r in records] == [
     drop(r) for r in metrics.read_metrics(workdir)
   ]
+  assert [r["attempt"] for r in records] == [1, 1, 2, 2]
+  assert all(0 <= r["goodput"] < 1 for r in records)
+  assert records[3]["goodput"] > 0
 
 
 def test_a_finished_run_only_reports_itself(straight, tiny_settings):
@@ -81,6 +95,54 @@ def test_what_a_run_leaves(straight, tiny_settings):
   assert workdir_lib.read_config(workdir) == config
   assert result.validation["loss"] == records[3]["validation_loss"]
   assert params["embedding"].shape == (264, 16)
+
+
+def test_records_say_what_the_host_did_beside_the_steps(straight):
+  workdir, *_ = straight
+  records = metrics.read_metrics(workdir)
+  assert all(r["input_seconds"] > 0 for r in records)
+  # Validation belongs to the record that has its results; a save of step 2 and
+  # its time to that of step 3.
+  assert [r["evaluation_seconds"] > 0 for r in records] == [0, 1, 0, 1]
+  assert [r["save_seconds"] > 0 for r in records] == [0, 0, 1, 0]
+  walls = [r["wall_seconds"] for r in records]
+  assert walls == sorted(walls)
+  assert sum(r["step_seconds"] for r in records) < walls[-1]
+
+
+def test_every_number_of_a_record_is_documented(straight):
+  workdir, *_ = straight
+  page = pathlib.Path(__file__).parent.parent.parent / "docs" / "running.md"
+  documented = set(re.findall(r"`(\w+)`", page.read_text()))
+  found = {name for r in metrics.read_metrics(workdir) for name in r}
+  found -= {"step", "mixing_weight_1"}
+  assert found <= documented
+  assert set(report._MEMORY) <= documented
+
+
+def test_the_fullest_device_is_on_record(monkeypatch):
+  device = lambda used: types.SimpleNamespace(
+    memory_stats=lambda: {"bytes_in_use": used, "bytes_limit": 9}
+  )
+  monkeypatch.setattr(
+    report.jax, "local_devices", lambda: [device(2), device(3)]
+  )
+  assert report._memory() == {"device_bytes": 3, "device_limit_bytes": 9}
+
+
+def test_steps_are_traced(straight):
+  workdir, _, stream = straight
+  (trace,) = (workdir / "profile").rglob("*.xplane.pb")
+  assert b"train_step" in trace.read_bytes()
+  assert "profile: steps 3 to 3 go to" in stream.getvalue()
+
+
+def test_a_tracker_gets_every_record(straight):
+  workdir, *_ = straight
+  lines = (workdir / "tracked.jsonl").read_text().splitlines()
+  settings, *tracked = map(json.loads, lines)
+  assert settings["training"]["steps"] == 4
+  assert tracked == metrics.read_metrics(workdir)
 
 
 def test_another_config_is_refused_with_both_values(straight, tiny_settings):
@@ -194,18 +256,35 @@ def test_an_update_that_is_not_finite_may_be_left_out(
   jax.tree.map(np.testing.assert_array_equal, before._replace(step=2), after)
 
 
-def test_minutes_save_and_multiples_are_kept(tiny_settings, tmp_path):
+def test_steps_go_on_while_a_save_is_written(
+  tiny_settings, tmp_path, monkeypatch
+):
+  """And what minutes ask for meanwhile waits for its end."""
   settings = tiny_settings(
-    training__steps=5,
     training__checkpoint_every=100,
     training__checkpoint_minutes=1e-9,
-    training__max_to_keep=1,
-    training__keep_every=2,
-    training__eval_every=5,
+    training__eval_every=100,
+    training__max_to_keep=9,
   )
+  handler, hold = ocp.StandardCheckpointHandler, report.Report.hold
+  finalize = handler.finalize
+  third, came = threading.Event(), []
+
+  def slow(self, *args, **kwargs):
+    came.append(third.wait(60))
+    finalize(self, *args, **kwargs)
+
+  def tell(self, step, values):
+    hold(self, step, values)
+    if step == 3:
+      third.set()
+
+  monkeypatch.setattr(handler, "finalize", slow)
+  monkeypatch.setattr(report.Report, "hold", tell)
   _train(settings, tmp_path)
+  assert came and all(came)
   with checkpoint.open_to_read(tmp_path) as checkpoints:
-    assert checkpoints.steps() == [2, 4, 5]
+    assert checkpoints.steps() == [1, 4]
 
 
 class Snippets(tfds.core.GeneratorBasedBuilder):
@@ -266,3 +345,19 @@ def test_what_cannot_work_leaves_nothing(
   with pytest.raises((ValueError, OSError), match=message):
     _train(tiny_settings(**changes), workdir)
   assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"profile": "5:1"}, "profile is '5:1'; it must be STEP:COUNT such as 4:1"),
+    ({"tracker": "nowhere:track"}, "tracker nowhere:track: ModuleNotFound"),
+  ],
+  ids=str,
+)
+def test_watching_that_cannot_work_leaves_nothing(
+  tiny_settings, tmp_path, options, message
+):
+  with pytest.raises(ValueError, match=message):
+    _train(tiny_settings(), tmp_path / "run", **options)
+  assert not (tmp_path / "run").exists()

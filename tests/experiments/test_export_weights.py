@@ -1,0 +1,80 @@
+"""The command that writes weights for other tools, as a user meets it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from flax import traverse_util
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+from longnet_jax.models import config as config_lib
+from longnet_jax.models import transformer
+from longnet_jax.training import checkpoint
+
+_ROOT = pathlib.Path(__file__).parent.parent.parent
+_CONFIG = config_lib.LongNetConfig(
+  vocab_size=9,
+  num_layers=2,
+  model_dim=8,
+  num_heads=2,
+  ffn_dim=16,
+  segment_lengths=(8, 16),
+  dilation_rates=(1, 2),
+  position="rope",
+)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+  """A workdir with a model that torchscale has not, and its parameters."""
+  workdir = tmp_path_factory.mktemp("imported")
+  abstract = jax.eval_shape(
+    transformer.LongNetLM(_CONFIG).init,
+    jax.random.key(0),
+    np.zeros((1, 1), np.int32),
+  )["params"]
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(np.float32), abstract
+  )
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    settings = {"model": dataclasses.asdict(_CONFIG)}
+    checkpoints.save_params(params, {"config": settings})
+  return workdir, params
+
+
+def _run(**options):
+  flags = [f"--{name}={value}" for name, value in options.items()]
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.export_weights", *flags],
+    cwd=_ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_any_model_has_its_own_names_and_settings(imported, tmp_path):
+  workdir, params = imported
+  ended = _run(workdir=workdir, format="safetensors", out=tmp_path / "out")
+  assert ended.returncode == 0, ended.stderr
+  found = safetensors_numpy.load_file(tmp_path / "out" / "model.safetensors")
+  found = traverse_util.unflatten_dict(found, sep="/")
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+  settings = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert config_lib.LongNetConfig.from_dict(settings["model"]) == _CONFIG
+
+
+def test_what_torchscale_has_not_is_named_and_nothing_written(imported):
+  workdir, _ = imported
+  ended = _run(workdir=workdir, format="torchscale")
+  assert ended.returncode == 1
+  (line,) = ended.stderr.splitlines()
+  assert line.startswith("error: torchscale has no position='rope'")
+  assert not (workdir / "torchscale").exists()

@@ -1,0 +1,34 @@
+"""Trackers as users have them."""
+
+import json
+import pathlib
+
+
+def track(settings, workdir):
+  """Writes the settings and each record as a line."""
+  path = pathlib.Path(workdir) / "tracked.jsonl"
+  path.write_text(json.dumps(settings) + "\n")
+
+  def record(step, values):
+    with path.open("a") as file:
+      file.write(json.dumps({"step": step, **values}) + "\n")
+
+  return record
+
+
+def refuse(settings, workdir):
+  """Cannot reach its server when it starts."""
+  raise ConnectionError("no server")
+
+
+def forget(settings, workdir):
+  """Returns nothing."""
+
+
+def lose(settings, workdir):
+  """Cannot reach its server later."""
+
+  def record(step, values):
+    raise ConnectionError(f"no server\nfor {values}")
+
+  return record
