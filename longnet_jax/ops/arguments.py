@@ -53,6 +53,12 @@ class Inputs(NamedTuple):
   documents: tuple[Int[Array, "B T"], ...]
   seed: UInt32[Array, ""] | None
 
+  def mask(self, settings: Settings) -> kernels.Mask:
+    """Returns what the masks of all branches have, of rows not selected yet."""
+    ids = tuple((x, x) for x in self.documents)
+    rate = settings.dropout_rate
+    return kernels.Mask(settings.is_causal, ids=ids, dropout_rate=rate)
+
 
 def make_settings(
   head_width: int,
@@ -234,13 +240,10 @@ def make_inputs(tensors, settings, lengths, segment_ids, dropout_key) -> Inputs:
   seed = None
   if settings.dropout_rate:
     seed = jax.random.bits(dropout_key, dtype=jnp.uint32)
-  mask = kernels.Mask(
-    settings.is_causal,
-    ids=tuple((x, x) for x in documents),
-    dropout_rate=settings.dropout_rate,
-  )
+  inputs = Inputs(*tensors, lengths, documents, seed)
+  mask = inputs.mask(settings)
   kernels.check(settings.kernel, settings.platform, *tensors[:2], mask)
-  return Inputs(*tensors, lengths, documents, seed)
+  return inputs
 
 
 def check_implementation(implementation, axis_name):

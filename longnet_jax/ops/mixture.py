@@ -153,27 +153,48 @@ def _over_windows(call, branches, step, nothing, dtype):
     part = None if is_first else _slice(total, first, size)
     return _update(total, step(branch, start + first, size, part), first)
 
-  def one_window(start, size):
-    total = nothing(_slice(call.inputs, start, size))
+  def one_window(start, size, found=None):
+    total = found or nothing(_slice(call.inputs, start, size))
     for i, branch in enumerate(near_lib.nested(call, branches, size)):
-      run = functools.partial(one_stretch, branch, i == 0, start)
+      is_first = i == 0 and not found
+      run = functools.partial(one_stretch, branch, is_first, start)
       total = _over_stretches(run, total, size, _together(call, branch, size))
     return total
 
   def in_place(start, size, whole):
-    found = one_window(start, size)
-    found = tuple(x.astype(y.dtype) for x, y in zip(found, whole, strict=True))
-    return _update(whole, found, start)
+    found = None
+    if at_once:
+      found = _cast(_slice(whole, start, size), call.wide)
+    return _update(whole, _cast(one_window(start, size, found), dtype), start)
 
   length = call.inputs.query.shape[1]
+  at_once, branches = _at_once(call, branches)
+  found = step(at_once, 0, length, None) if at_once else None
+  if not branches:
+    return found
   window = _window(call, branches)
   # Segment by segment, a total that is the result itself needs no windows.
   is_result = call.settings.platform in STRETCH and dtype == call.wide
   if is_result or length <= window:
-    return one_window(0, length)
-  whole = nothing(call.inputs)
-  whole = tuple(x.astype(dtype) if x.ndim == 4 else x for x in whole)
+    return one_window(0, length, found)
+  whole = _cast(found or nothing(call.inputs), dtype)
   return _over_stretches(in_place, whole, length, window)
+
+
+def _cast(arrays, dtype):
+  """Returns arrays with rows of heads, (B, T, N, H), in another type."""
+  return tuple(x.astype(dtype) if x.ndim == 4 else x for x in arrays)
+
+
+def _at_once(call, branches):
+  """Returns the branch that needs no windows, or None, and the others."""
+  inputs, kernel = call.inputs, call.kernel
+  if math.prod(map(_known, inputs.query.shape)) <= kernel.at_once:
+    if kernel.supports(*inputs[:2], inputs.mask(call.settings)) is None:
+      for i, branch in enumerate(branches):
+        if branch.r == 1:
+          return branch, [*branches[:i], *branches[i + 1 :]]
+  return None, branches
 
 
 def _over_stretches(run, total, length, size):

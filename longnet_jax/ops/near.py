@@ -201,7 +201,7 @@ class _Selected(NamedTuple):
 
   tensors: tuple  # query, key, value
   mask: kernels.Mask
-  zero_keys: Array | None  # how many a row meets, (B, S, N)
+  zero_keys: Array | None  # how many a row meets, (B, S, N or 1)
   cuts: tuple[selection.Cut, selection.Cut]
   row_cuts: tuple[selection.Cut, selection.Cut]
 
@@ -308,7 +308,7 @@ def _zeroed(rows, cut, ends):
 
 
 def _key_counts(call, cut, length, ends):
-  """Returns how many keys and how many zero keys a row sees, (B, S, N).
+  """Returns how many keys and zero keys a row sees, (B, S, N); N is 1 at r = 1.
 
   None where it sees all of its segment, or all up to itself; and None where
   there are no zero keys. With padding="zeros" every segment, of w or of the
@@ -324,6 +324,8 @@ def _key_counts(call, cut, length, ends):
     ends = np.full((1,), length, np.int32)
     whole = np.full((1,), call.inputs.query.shape[1], np.int32)
   starts = w * np.arange(-(-length // w), dtype=np.int32)
+  if r == 1:
+    cut = cut._replace(phases=cut.phases[:, :1, :1])
   counts = selection.count(cut, ends[:, None] - starts[None])
   if causal or not zeros:
     return counts, None

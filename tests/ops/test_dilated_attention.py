@@ -124,7 +124,7 @@ def check(found, wanted, values=2e-6, gradients=5e-6):
 
 
 @st.composite
-def settings_strategy(draw):
+def settings_strategy(draw, widths=range(1, 10), ids=(False, True)):
   kv_heads = draw(st.integers(1, 2))
   length = draw(st.integers(1, 40))
   batch = draw(st.integers(1, 2))
@@ -141,11 +141,12 @@ def settings_strategy(draw):
   if draw(st.booleans()):
     ends = draw(st.lists(st.integers(0, length), min_size=2, max_size=2))
     traced["key_value_seq_lengths"] = jnp.array(ends[:batch])
-  if draw(st.booleans()):
-    ids = draw(st.lists(st.integers(-2, 2), min_size=80, max_size=80))
-    traced["segment_ids"] = jnp.array(ids)[: batch * length].reshape(batch, -1)
+  if draw(st.sampled_from(ids)):
+    drawn = draw(st.lists(st.integers(-2, 2), min_size=80, max_size=80))
+    drawn = jnp.array(drawn)[: batch * length]
+    traced["segment_ids"] = drawn.reshape(batch, -1)
   heads = kv_heads * draw(st.integers(1, 3))
-  width = draw(st.integers(1, 9))
+  width = draw(st.sampled_from(widths))
   return options, traced, inputs(batch, length, heads, kv_heads, width)
 
 

@@ -26,9 +26,9 @@ from jaxtyping import Array, Int, UInt32
 
 PORTABLE = "xla"
 # The file of each implementation.
-FILES = {PORTABLE: "xla"}
+FILES = {PORTABLE: "xla", "cudnn": "cudnn_attention"}
 # The implementation that is tried first on a platform.
-FAST = {}
+FAST = {"gpu": "cudnn"}
 
 
 class Mask(NamedTuple):
@@ -63,12 +63,16 @@ class Kernel(NamedTuple):
     largest float takes no part: it sees no key in all of the softmax.
   supports: (query, key, mask, dlse=None) -> None, or why it cannot do this, as
     in "attends in bfloat16, not float32". It may be asked before rows are
-    selected: B, S, M and n tell nothing, nor do values.
+    selected: S, M and n tell nothing, nor do values.
+  at_once: elements of the query up to which a branch that keeps all rows is
+    computed at once: its rows are taken as they lie, those of a window would
+    have to be copied.
   """
 
   forward: Callable
   backward: Callable
   supports: Callable = lambda query, key, mask, dlse=None: None
+  at_once: int = 0
 
 
 def load(name: str | None, platform: str) -> Kernel:
@@ -76,6 +80,7 @@ def load(name: str | None, platform: str) -> Kernel:
 
   None picks for each call: the platform's fast kernel where that supports the
   call, else the portable one. A kernel that is named raises ValueError instead.
+  What the kernel `supports` is what the fast one does.
   """
   portable = _make(PORTABLE, platform)
   chosen = name or FAST.get(platform, PORTABLE)
@@ -89,7 +94,7 @@ def load(name: str | None, platform: str) -> Kernel:
     raise ValueError(_refusal(name, why))
 
   functions = (_either(fast, other, which) for which in Kernel._fields[:2])
-  return Kernel(*functions)
+  return Kernel(*functions, fast.supports, fast.at_once)
 
 
 def check(
@@ -138,7 +143,8 @@ def _either(fast, other, which):
     why = fast.supports(query, key, mask, *terms[-1:])
     if why:
       return bound(other(why))(*inputs)
-    found = jax.custom_jvp(bound(fast))
+    placed = _placed(bound(fast), which, query, key)
+    found = jax.custom_jvp(placed)
 
     @found.defjvp
     def _(primals, tangents):
@@ -150,6 +156,25 @@ def _either(fast, other, which):
     return found(*inputs)
 
   return run
+
+
+def _placed(run, which, query, key):
+  """Leaves it to the compiler, under explicit axes, where results lie.
+
+  Libraries tell it how their calls are split, JAX's types know nothing of it.
+  """
+  sharding = jax.sharding
+  rows, key_rows = (jax.typeof(x).sharding for x in (query, key))
+  axes = zip(rows.mesh.axis_names, rows.mesh.axis_types, strict=True)
+  explicit = tuple(x for x, kind in axes if kind == sharding.AxisType.Explicit)
+  if not explicit:
+    return run
+  of_lse = sharding.PartitionSpec(*rows.spec[:4])
+  results = {
+    "forward": (rows, sharding.NamedSharding(rows.mesh, of_lse)),
+    "backward": (rows, key_rows, key_rows),
+  }
+  return sharding.auto_axes(run, axes=explicit, out_sharding=results[which])
 
 
 _PLATFORM = contextvars.ContextVar("platform", default=None)
