@@ -35,6 +35,7 @@ TABLES = {
   "bytes_pod": (parallel_tables.received_pod, "parallel_v5e"),
   "comparison": (tables.comparison, "comparison"),
   "decoding": (tables.decoding, "decode_cpu"),
+  "compiled_gpu": (tables.compiled_gpu, "gpu_h100"),
   "equality": (parallel_tables.equality, "parallel"),
   "long": (tables.benchmark, "long_cpu"),
   "million": (tables.benchmark, "million_cpu"),

@@ -76,3 +76,23 @@ def slide(record: dict) -> list[tuple]:
   )
   head = ("tiles", "parameters", "seconds to compile", "to run", "peak GB")
   return [(head, [row])]
+
+
+def compiled_gpu(record: dict) -> list[tuple]:
+  """Returns what attention moves on a GPU, as compiled for one."""
+  rows = [
+    (
+      f"{r['length']:,}",
+      f"{r['heads']} x {r['head_dim']}",
+      "causal" if r["is_causal"] else "bidirectional",
+      r["mode"],
+      f"{r['kernels']}",
+      f"{r['of_cudnn']}",
+      f"{r['bytes'] / 1e9:.2f}",
+      f"{r['bytes'] / r['length'] / 1e3:.1f}",
+      f"{r['temporary_bytes'] / 2**20:.0f}",
+    )
+    for r in record["records"]
+  ]
+  head = ("tokens", "heads", "", "mode", "kernels", "of them cuDNN's")
+  return [(head + ("GB moved", "KB a token", "temporary MiB"), rows)]
