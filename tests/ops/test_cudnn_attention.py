@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import hypothesis
 import jax
@@ -132,6 +133,34 @@ def test_what_it_cannot_do_is_refused_where_it_enters(why):
       )
 
 
+DEVICES = {
+  "needs compute capability 8.0, and Tesla T4 has 7.5": ("cuda", "7.5", 91200),
+  "needs cuDNN 91100, and found 90100": ("cuda", "8.0", 90100),
+  "needs cuDNN 91100, and found none": ("cuda", "8.0", None),
+  "runs on NVIDIA GPUs, not on Tesla T4": ("rocm", "gfx90a", 91200),
+  "multiples of 8 to 128, not 136": ("cuda", "8.9", 91200),
+}
+
+
+@pytest.mark.parametrize("why", DEVICES)
+def test_a_device_that_is_not_able_to_is_named(why, monkeypatch):
+  backend, capability, version = DEVICES[why]
+  device = types.SimpleNamespace(
+    client=types.SimpleNamespace(platform_version=f"{backend} 1"),
+    compute_capability=capability,
+    device_kind="Tesla T4",
+  )
+  library = version and types.SimpleNamespace(cudnn_get_version=lambda: version)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  monkeypatch.setattr(jax._src.lib, "cuda_versions", library)
+  cudnn_attention._device.cache_clear()
+  rows = jax.ShapeDtypeStruct((1, 16, 2, 136), jnp.bfloat16)
+  supports = cudnn_attention.make_kernel("gpu").supports
+  assert why in supports(rows, rows, kernels.Mask())
+  cudnn_attention._device.cache_clear()
+
+
 # Each call of cuDNN: its name, mask, and shapes of query and key.
 PROGRAMS = {
   "causal": (
@@ -237,8 +266,8 @@ def calls(text):
   """Returns a line for each call of cuDNN."""
   call = r"@__cudnn\$(\w+)\(.*mask_type\\22: \\22(\w+)\\22.*: \((.*)\) ->"
   found = re.findall(call, text)
-  shapes = lambda types: re.findall(r"tensor<([\dx]+)xbf16>", types)[:2]
-  return [" ".join([*call, *shapes(types)]) for *call, types in found]
+  shapes = lambda x: re.findall(r"tensor<([\dx]+)xbf16>", x)[:2]
+  return [" ".join([*call, *shapes(operands)]) for *call, operands in found]
 
 
 def test_a_jax_that_has_changed_is_refused(monkeypatch):

@@ -24,6 +24,20 @@ TYPES = ("bfloat16",)
 WIDEST = {True: 256, False: 128}
 # What a gradient of lse adds to the width of a head.
 _EXTRA = 8
+# The oldest version that serves every capability from 8.0 on: 9.11.
+_VERSION = 91100
+# Parameters of the primitives: of both, of each, and since jax 0.12.
+_PARAMETERS = (
+  *("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets"),
+  *("kv_offsets", "page_table_k", "page_table_v", "scale", "seed"),
+  *("dropout_rate", "variadic_args", "mask_type", "layout"),
+  "sliding_window_length",
+)
+_OWN = {
+  "fwd": ("is_training",),
+  "bwd": ("activation", "fwd_output", "grad_output"),
+}
+_NEWER = {"score_mod", "score_mod_args"}
 # An lse so large that a row takes no part, and is finite in base 2, too.
 _LARGE = 1e30
 
@@ -86,60 +100,41 @@ def _device():
   if "cuda" not in device.client.platform_version:
     return (0, 0), f"runs on NVIDIA GPUs, not on {device.device_kind}"
   capability = tuple(int(x) for x in device.compute_capability.split("."))
+  versions = getattr(jax._src.lib, "cuda_versions", None)
+  cudnn = versions.cudnn_get_version() if versions else 0
+  why = None
   if capability < (8, 0):
-    return capability, (
+    why = (
       f"needs compute capability 8.0, and {device.device_kind} has "
       f"{device.compute_capability}"
     )
-  from jax._src.lib import cuda_versions
-
-  version = cuda_versions.cudnn_get_version() if cuda_versions else 0
-  if version < 90100:
-    return (
-      capability,
-      f"needs cuDNN 9.1 or later, and found {version or 'none'}",
-    )
-  return capability, None
+  elif cudnn < _VERSION:
+    why = f"needs cuDNN {_VERSION}, and found {cudnn or 'none'}"
+  return capability, why
 
 
 @functools.cache
 def primitives() -> Primitives | str:
   """Returns cuDNN's two functions, or why there are none that are known."""
-  names = (
-    "_dot_product_attention_{}_p_wrapper",
-    "_dot_product_attention_{}_impl",
-  )
+  found, options = [], {}
   try:
     from jax._src.cudnn import fused_attention_stablehlo as library
 
-    binds, impls = (
-      [getattr(library, name.format(way)) for way in ("fwd", "bwd")]
-      for name in names
-    )
+    for way in ("fwd", "bwd"):
+      name = f"_dot_product_attention_{way}"
+      found.append(getattr(library, f"{name}_p_wrapper"))
+      impl = getattr(library, f"{name}_impl")
+      parameters = set(inspect.signature(impl).parameters)
+      if "score_mod" in parameters:
+        options["score_mod"] = None
+      unknown = (parameters - _NEWER) ^ {*_PARAMETERS, *_OWN[way]}
+      if unknown:
+        return (
+          f"has other parameters in jax {jax.__version__}: {sorted(unknown)}"
+        )
     masks, layout = library.MaskType, library.AttentionLayout.BTNH.value
   except (ImportError, AttributeError) as error:
     return f"is not where jax {jax.__version__} was known to keep it: {error}"
-  common = {
-    *("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets"),
-    *("kv_offsets", "page_table_k", "page_table_v", "scale", "seed"),
-    *("dropout_rate", "variadic_args", "mask_type", "layout"),
-    "sliding_window_length",
-  }
-  known = (
-    common | {"is_training"},
-    common | {"activation", "fwd_output", "grad_output"},
-  )
-  newer = {"score_mod", "score_mod_args"}  # since jax 0.12
-  options = {}
-  for impl, names in zip(impls, known, strict=True):
-    found = set(inspect.signature(impl).parameters)
-    if found - newer != names:
-      return (
-        f"has parameters in jax {jax.__version__} that are not known: "
-        f"{sorted((found - newer) ^ names)}"
-      )
-    if "score_mod" in found:
-      options["score_mod"] = None
 
   def arguments(query, lengths, scale, is_causal):
     nothing = jnp.zeros(0, query.dtype)
@@ -151,7 +146,7 @@ def primitives() -> Primitives | str:
     ]
     return (nothing, *sizes, *[nothing] * 4), dict(
       scale=float(scale),
-      seed=42,
+      seed=0,
       dropout_rate=0.0,
       variadic_args=(False, False),
       mask_type=masks[kind],
@@ -162,12 +157,12 @@ def primitives() -> Primitives | str:
 
   def forward(query, key, value, lengths, *, scale, is_causal):
     more, static = arguments(query, lengths, scale, is_causal)
-    return binds[0].bind(query, key, value, *more, is_training=True, **static)
+    return found[0].bind(query, key, value, *more, is_training=True, **static)
 
   def backward(query, key, value, lengths, out, lse, dout, *, scale, is_causal):
     more, static = arguments(query, lengths, scale, is_causal)
     terms = lse, out, dout
-    return binds[1].bind(query, key, value, *more, *terms, **static)
+    return found[1].bind(query, key, value, *more, *terms, **static)
 
   return Primitives(_of_more_sequences(forward), _of_more_sequences(backward))
 
