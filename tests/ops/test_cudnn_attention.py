@@ -23,6 +23,10 @@ from tests.ops import test_dilated_attention as family
 SETTINGS = family.settings_strategy(widths=(8, 16), ids=(False,))
 
 
+def slow(value):
+  return pytest.param(value, marks=pytest.mark.slow)
+
+
 def check_setting(setting):
   options, traced, tensors = setting
   with plain_cudnn.installed():
@@ -44,7 +48,7 @@ def test_equals_oracle_at_length(setting):
   check_setting(setting)
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("is_causal", [False, slow(True)])
 def test_gradients_without_one_of_lse_window_by_window(is_causal, monkeypatch):
   monkeypatch.setitem(mixture.WINDOW, "gpu", 1)
   tensors = family.inputs(2, 96, 4, 2, 8)
@@ -70,7 +74,7 @@ def test_gradients_without_one_of_lse_window_by_window(is_causal, monkeypatch):
     np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("is_causal", [True, slow(False)])
 def test_branches_over_several_devices(is_causal):
   options = {
     "segment_lengths": (8, 16, 32),
