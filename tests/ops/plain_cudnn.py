@@ -61,7 +61,10 @@ def _scores(query, key, lengths, scale, is_causal):
   assert query.dtype == key.dtype and str(query.dtype) in cudnn_attention.TYPES
   sequences, rows, _, width = query.shape
   assert width % 8 == 0 and key.shape[0] == sequences
-  scores = jnp.einsum("gqnh,gknh->gnqk", query, _wide(key, query)) * scale
+  scores = jnp.einsum(
+    "gqnh,gknh->gnqk", query.astype(jnp.float32), _wide(key, query)
+  )
+  scores = scores * scale
   row, column = jnp.arange(rows)[:, None], jnp.arange(key.shape[1])[None]
   if is_causal:
     assert key.shape[1] == rows

@@ -1,5 +1,6 @@
 """All of cuDNN's kernel but cuDNN: on CPU plain functions stand in for it."""
 
+import contextlib
 import functools
 import re
 import types
@@ -46,6 +47,20 @@ def test_equals_oracle(setting):
 def test_equals_oracle_at_length(setting):
   jax.clear_caches()
   check_setting(setting)
+
+
+@pytest.mark.parametrize("library", ["plain", "cuDNN"])
+def test_bfloat16_is_rounded_float32(library):
+  """With cuDNN itself where there is a GPU; an example sees no key at all."""
+  if library == "cuDNN" and jax.default_backend() != "gpu":
+    pytest.skip("needs an NVIDIA GPU")
+  tensors = family.inputs(3, 40, 4, 2, 16, dtype=jnp.bfloat16)
+  traced = {"key_value_seq_lengths": jnp.array([40, 23, 0])}
+  installed = plain_cudnn.installed
+  with installed() if library == "plain" else contextlib.nullcontext():
+    found = family.run("cudnn", tensors, family.PAPER, traced)
+  wanted = family.expected(tensors, family.PAPER, traced)
+  family.check(found, wanted, values=2e-2, gradients=6e-2)
 
 
 @pytest.mark.parametrize("is_causal", [False, slow(True)])
