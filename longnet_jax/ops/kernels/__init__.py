@@ -130,8 +130,8 @@ def _either(fast, other, which):
     def bound(kernel):
       def call(tensors, arrays, terms):
         masked = arrays._replace(**static)
-        run = getattr(kernel, which)
-        return run(*tensors, masked, *terms, scale=scale)
+        function = getattr(kernel, which)
+        return function(*tensors, masked, *terms, scale=scale)
 
       return call
 
@@ -143,8 +143,7 @@ def _either(fast, other, which):
     why = fast.supports(query, key, mask, *terms[-1:])
     if why:
       return bound(other(why))(*inputs)
-    placed = _placed(bound(fast), which, query, key)
-    found = jax.custom_jvp(placed)
+    found = jax.custom_jvp(_placed(bound(fast), which, query, key))
 
     @found.defjvp
     def _(primals, tangents):
