@@ -46,9 +46,9 @@ def read(text: str) -> Program:
   Of the branches of a conditional that with the most estimated cycles counts,
   or the longest where there are none.
   """
-  computations, entry = _computations(text)
+  bodies, entry = computations(text)
   unknown = []
-  lines = list(_walk(computations, entry, 1, unknown))
+  lines = list(_walk(bodies, entry, 1, unknown))
   return Program(lines, len(unknown))
 
 
@@ -61,20 +61,20 @@ def cycles(program: Program) -> int:
   return sum(int(m[1]) * line.times for m, line in found if m)
 
 
-def _computations(text):
-  """Returns name -> lines, and the name of the entry."""
-  computations, entry, current = {}, None, None
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """Returns name -> lines of each computation, and the name of the entry."""
+  found, entry, current = {}, None, None
   for line in text.splitlines():
     match = _COMPUTATION.match(line)
     if match and "=" not in line.split("(")[0]:
       current = match[2]
-      computations[current] = []
+      found[current] = []
       entry = current if match[1] else entry
     elif line.startswith("}"):
       current = None
     elif current:
-      computations[current].append(line)
-  return computations, entry
+      found[current].append(line)
+  return found, entry
 
 
 def _walk(computations, name, times, unknown) -> Iterator[Line]:

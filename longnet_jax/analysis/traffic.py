@@ -5,21 +5,23 @@ import math
 import re
 from typing import NamedTuple
 
+from longnet_jax.analysis import hlo
+
 _BITS = {"pred": 8, "bf16": 16} | {
   f"{kind}{bits}": bits for kind in "fsu" for bits in (8, 16, 32, 64)
 }
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(
   r"\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>\([^()]*\)|\S+) "
   r"(?P<kind>[\w-]+)\((?P<operands>.*?)\)(?P<rest>, .*|$)"
 )
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-# Names of what is there already; nothing moves.
+_LIBRARY = re.compile(r'custom_call_target="(.*?)"')
+# Names of what is there already, and of others that are lines themselves.
 _FREE = (
   *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "iota"),
   *("after-all", "partition-id", "replica-id", "copy-done", "async-done"),
+  *("call", "async-start"),
 )
 _UPDATE = "dynamic-update-slice"
 # These read of their first operand what they return, an update nothing.
@@ -52,9 +54,6 @@ class _Instruction(NamedTuple):
       if dtype in _BITS
     )
 
-  def called(self, attribute):
-    return re.search(attribute + r"=%?([\w.-]+)", self.rest)[1]
-
 
 def kernels(text: str) -> list[Kernel]:
   """Returns what `compiled.as_text()` runs, loops as often as they turn.
@@ -63,61 +62,55 @@ def kernels(text: str) -> list[Kernel]:
   only slices or gathers from, as much as it takes. Caches are not known of.
 
   Raises:
-    ValueError: a loop turns as often as only run time tells.
+    ValueError: only run time tells how often a loop turns.
   """
-  computations, entry = _parsed(re.sub(r"/\*.*?\*/", "", text))
-  return list(_run(computations, entry, 1))
+  program = hlo.read(text)
+  if program.unknown_loops:
+    raise ValueError(
+      f"only run time tells how often {program.unknown_loops} loops turn"
+    )
+  bodies, _ = hlo.computations(text)
+  bodies = {name: list(_parsed(lines)) for name, lines in bodies.items()}
+  known = {x.name: x for body in bodies.values() for x in body}
+  found = []
+  for line in program.lines:
+    for x in _parsed([line.text]):
+      if x.kind not in _FREE:
+        library = _LIBRARY.search(x.rest)
+        name = library[1] if library else x.kind
+        found.append(Kernel(name, line.times, _moved(x, known, bodies)))
+  return found
 
 
-def _parsed(text):
-  """Returns name -> instructions by name, and the name of the entry."""
-  computations, entry, current = {}, None, None
-  for line in text.splitlines():
-    if match := _COMPUTATION.match(line):
-      current = computations.setdefault(match[2], {})
-      entry = match[2] if match[1] else entry
-    elif match := _INSTRUCTION.match(line):
+def _parsed(lines) -> Iterator[_Instruction]:
+  for line in lines:
+    if match := _INSTRUCTION.match(line):
       operands = _NAME.findall(match["operands"])
       fields = match["name"], match["type"], match["kind"]
-      current[match["name"]] = _Instruction(*fields, operands, match["rest"])
-  return computations, entry
+      yield _Instruction(*fields, operands, match["rest"])
 
 
-def _run(computations, name, times) -> Iterator[Kernel]:
-  known = computations[name]
-  for x in known.values():
-    if x.kind in _FREE:
-      continue
-    if x.kind == "while":
-      trips = _TRIPS.search(x.rest)
-      if not trips:
-        raise ValueError(f"only run time tells how often loop {x.name} turns")
-      body = x.called("body")
-      yield from _run(computations, body, times * int(trips[1]))
-    elif x.kind == "call":
-      yield from _run(computations, x.called("to_apply"), times)
-    elif x.kind == "fusion":
-      inside = computations[x.called("calls")]
-      yield Kernel("fusion", times, _written(x, inside) + _read(inside))
-    else:
-      read = sum(known[y].size for y in x.operands if y in known)
-      if x.kind in _PARTIAL:
-        read = x.size
-      target = re.search(r'custom_call_target="(.*?)"', x.rest)
-      yield Kernel(target[1] if target else x.kind, times, x.size + read)
+def _moved(x, known, bodies):
+  """Returns the bytes that an instruction reads and writes."""
+  if x.kind == "fusion":
+    inside = bodies[re.search(r"calls=%?([\w.-]+)", x.rest)[1]]
+    return _written(x, inside, known) + _read(inside)
+  if x.kind in _PARTIAL:
+    return 2 * x.size
+  return x.size + sum(known[y].size for y in x.operands if y in known)
 
 
-def _written(fusion, inside):
+def _written(fusion, inside, known):
   """Returns what a fusion writes: of what it updates in place, the update."""
-  updates = [x for x in inside.values() if x.kind == _UPDATE]
-  saved = sum(x.size - inside[x.operands[1]].size for x in updates)
+  updates = [x for x in inside if x.kind == _UPDATE]
+  saved = sum(x.size - known[x.operands[1]].size for x in updates)
   return max(fusion.size - saved, 0)
 
 
 def _read(inside):
   """Returns what a fusion reads of its parameters."""
   total = 0
-  for x in inside.values():
+  for x in inside:
     if x.kind == "parameter":
       uses = list(_uses(inside, x.name))
       if all(is_first and y.kind in _PARTIAL for y, is_first in uses):
@@ -129,7 +122,7 @@ def _read(inside):
 
 def _uses(inside, name):
   """Yields who uses a value, and whether as its first operand."""
-  for x in inside.values():
+  for x in inside:
     if name in x.operands:
       if x.kind == "bitcast":
         yield from _uses(inside, x.name)

@@ -12,35 +12,40 @@ LOOP = """
   ROOT %d = bf16[4,8]{1,0} dynamic-slice(%p, %i, %zero)
 }
 
-%put (whole: f32[64,8], part: f32[2,8], i: s32[]) -> f32[64,8] {
+%put (whole: f32[64,8], p.1: f32[2,8], i.1: s32[]) -> f32[64,8] {
   %whole = f32[64,8]{1,0} parameter(0)
-  %part = f32[2,8]{1,0} parameter(1)
-  %i = s32[] parameter(2)
-  %zero = s32[] constant(0)
-  ROOT %u = f32[64,8]{1,0} dynamic-update-slice(%whole, %part, %i, %zero)
+  %p.1 = f32[2,8]{1,0} parameter(1)
+  %i.1 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  ROOT %u = f32[64,8]{1,0} dynamic-update-slice(%whole, %p.1, %i.1, %zero.1)
+}
+
+%less (t.2: (s32[], bf16[64,8], f32[64,8])) -> pred[] {
+  %t.2 = (s32[], bf16[64,8]{1,0}, f32[64,8]{1,0}) parameter(0)
+  ROOT %p.2 = pred[] compare(%t.2, %t.2), direction=LT
 }
 
 %body (t: (s32[], bf16[64,8], f32[64,8])) -> (s32[], bf16[64,8], f32[64,8]) {
   %t = (s32[], bf16[64,8]{1,0}, /*index=2*/f32[64,8]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%t), index=0
+  %j = s32[] get-tuple-element(%t), index=0
   %x = bf16[64,8]{1,0} get-tuple-element(%t), index=1
   %w = f32[64,8]{1,0} get-tuple-element(%t), index=2
-  %part = bf16[4,8]{1,0} fusion(%x, %i), kind=kLoop, calls=%taken
-  %call = f32[2,8]{1,0} custom-call(%part), custom_call_target="attend", x=1
-  %sum = f32[64,8]{1,0} fusion(%w, %call, %i), kind=kLoop, calls=%put
-  ROOT %r = (s32[], bf16[64,8]{1,0}, f32[64,8]{1,0}) tuple(%i, %x, %sum)
+  %part = bf16[4,8]{1,0} fusion(%x, %j), kind=kLoop, calls=%taken
+  %attended = f32[2,8]{1,0} custom-call(%part), custom_call_target="attend", x=1
+  %sum = f32[64,8]{1,0} fusion(%w, %attended, %j), kind=kLoop, calls=%put
+  ROOT %r = (s32[], bf16[64,8]{1,0}, f32[64,8]{1,0}) tuple(%j, %x, %sum)
 }
 
-ENTRY %main (x: bf16[64,8], w: f32[64,8]) -> f32[64,8] {
-  %x = bf16[64,8]{1,0} parameter(0)
-  %w = f32[64,8]{1,0} parameter(1)
+ENTRY %main (a: bf16[64,8], b: f32[64,8]) -> f32[64,8] {
+  %a = bf16[64,8]{1,0} parameter(0)
+  %b = f32[64,8]{1,0} parameter(1)
   %n = s32[] constant(0)
-  %t = (s32[], bf16[64,8]{1,0}, f32[64,8]{1,0}) tuple(%n, %x, %w)
-  %l = (s32[], bf16[64,8]{1,0}, f32[64,8]{1,0}) while(%t), body=%body, TRIPS
+  %t.1 = (s32[], bf16[64,8]{1,0}, f32[64,8]{1,0}) tuple(%n, %a, %b)
+  %l = (s32[], bf16[64,8], f32[64,8]) while(%t.1), condition=%less, BODY
   %o = f32[64,8]{1,0} get-tuple-element(%l), index=2
   ROOT %c = f32[64,8]{0,1} copy(%o)
 }
-"""
+""".replace("BODY", "body=%body, TRIPS")
 TRIPS = 'backend_config={"known_trip_count":{"n":"16"}}'
 
 
@@ -54,7 +59,7 @@ def test_loops_slices_and_updates_in_place():
 
 
 def test_a_loop_of_unknown_length_is_an_error():
-  with pytest.raises(ValueError, match="how often loop l turns"):
+  with pytest.raises(ValueError, match="how often 1 loops turn"):
     traffic.kernels(LOOP.replace("TRIPS", "x=1"))
 
 
