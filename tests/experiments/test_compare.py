@@ -16,6 +16,7 @@ FEW = (
   "--config.training.batch_size=2",
   "--config.optimizer.warmup_steps=1",
   "--config.model.sparse_block=8",
+  "--config.model.sparse_summary=1",
 )
 
 
