@@ -84,8 +84,9 @@ def dilated_attention(
       all arrays but key_value_seq_lengths are then the device's part. Or a
       `sharded.Layout`, where examples or heads are sharded as well.
     implementation: None picks what is fastest and able to; "xla" (blockwise)
-      can do everything in reverse mode; "cudnn" is for bfloat16 on NVIDIA GPUs;
-      "reference" is dense, for tests and forward mode, in O(T^2) memory.
+      can do everything in reverse mode; "cudnn" is for bfloat16 on NVIDIA GPUs,
+      "pallas_tpu" for TPUs; "reference" is dense, for tests and forward mode,
+      in O(T^2) memory.
     return_residual: whether to return the logsumexp as well.
 
   Returns:

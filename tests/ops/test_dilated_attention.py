@@ -58,7 +58,7 @@ def on_one_device():
   with (
     mock.patch.dict(xla.SIZES, sizes),
     mock.patch.dict(mixture.STRETCH, stretch),
-    mock.patch.object(xla, "_is_local", lambda: True),
+    mock.patch.object(kernels, "is_local", lambda: True),
     kernels.compiling_for("one device"),
   ):
     yield

@@ -26,9 +26,13 @@ from jaxtyping import Array, Int, UInt32
 
 PORTABLE = "xla"
 # The file of each implementation.
-FILES = {PORTABLE: "xla", "cudnn": "cudnn_attention"}
+FILES = {
+  PORTABLE: "xla",
+  "cudnn": "cudnn_attention",
+  "pallas_tpu": "pallas_tpu",
+}
 # The implementation that is tried first on a platform.
-FAST = {"gpu": "cudnn"}
+FAST = {"gpu": "cudnn", "tpu": "pallas_tpu"}
 
 
 class Mask(NamedTuple):
@@ -192,3 +196,11 @@ def compiling_for(platform: str):
 def platform() -> str:
   """Returns the platform that JAX runs on, or that is being compiled for."""
   return _PLATFORM.get() or jax.default_backend()
+
+
+def is_local() -> bool:
+  """Returns whether no caller can have split arrays over devices."""
+  types = jax.sharding.get_abstract_mesh().axis_types
+  if types and set(types) == {jax.sharding.AxisType.Manual}:
+    return True
+  return jax.device_count() == 1

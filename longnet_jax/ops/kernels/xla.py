@@ -160,7 +160,7 @@ def _over_sequences(run, queries, keys, mask, sizes):
   scores = min(queries[0].shape[2], sizes.block) * keys[0].shape[2]
   batch, _, kv_heads, group = axes
   known = isinstance(batch, int)  # or at run time only
-  if sizes.by_head and known and _is_local():
+  if sizes.by_head and known and kernels.is_local():
     spread = lambda x: jnp.broadcast_to(x, (*axes, *x.shape[4:]))
     flat = lambda x: x.reshape(-1, *x.shape[4:])
     shared = jax.tree.map(spread, shared)
@@ -211,14 +211,6 @@ def _few_at_once(run, arrays, limit):
     return jax.vmap(run)(*arrays)
   size = few if few > 1 else None
   return lax.map(lambda x: run(*x), arrays, batch_size=size)
-
-
-def _is_local():
-  """Whether nothing can be split over devices by those who call."""
-  types = jax.sharding.get_abstract_mesh().axis_types
-  if types and set(types) == {jax.sharding.AxisType.Manual}:
-    return True
-  return jax.device_count() == 1
 
 
 def _forward_sequence(queries, keys, length, *, shape):
