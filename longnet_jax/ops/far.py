@@ -12,6 +12,7 @@ so that selecting stays a reshape; where r does not divide a piece, its last
 place is a hole. Ids then tell which places a row sees.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -40,62 +41,79 @@ class Keys(NamedTuple):
   documents: tuple
 
 
-def gather(call: near.Call, far: sharded.Far) -> tuple[Keys, Keys]:
-  """Returns the keys that a device has itself, and those of all slots."""
-  inputs = call.inputs
-  both = jnp.concatenate([inputs.key, inputs.value], axis=-1)
-  cut = _cut(call, far, call.local(far.phases))
-  documents = tuple(selection.select_ids(x, cut) for x in inputs.documents)
-  own = Keys(selection.select(both, cut), documents)
-  own = jax.tree.map(_one_list, own)
-  return own, jax.tree.map(lambda x: exchange.gather(far.exchange, x), own)
+def make_branch(call: near.Call, far: sharded.Far) -> near.Branch:
+  """Returns a far branch as a near one, whose kernel talks to other devices.
+
+  Its segments are the pieces of this device, cut at the rotated phases.
+  """
+  phases = call.local(call.all_phases(far.r))[:, None], call.local(far.phases)
+  cuts = tuple(_cut(call, far, x) for x in phases)
+  others = None
+  if not call.dense:
+    # First, so that they can run while the near branches are computed; where
+    # branches are a tree, the rows to send are selected from those of a parent.
+    key, value = (selection.select(x, cuts[1]) for x in call.inputs[1:3])
+    others = _gather(far, _own(call, cuts[1], key, value))
+  kernel = kernels.Kernel(
+    functools.partial(_forward, call, far, others),
+    functools.partial(_backward, call, far, others),
+  )
+  return near.Branch(far.index, far.piece, far.r, far=(kernel, cuts))
 
 
-def forward(call: near.Call, far: sharded.Far, keys: tuple[Keys, Keys]):
-  """Returns out (B, L, N, H) and lse (B, L, N) of a branch.
+def _own(call, cut, key, value):
+  """Returns the `Keys` of the device itself."""
+  both = jnp.concatenate([key, value], axis=-1)
+  documents = (selection.select_ids(x, cut) for x in call.inputs.documents)
+  return jax.tree.map(_one_list, Keys(both, tuple(documents)))
+
+
+def _gather(far, own):
+  """Returns the `Keys` of all slots."""
+  return jax.tree.map(lambda x: exchange.gather(far.exchange, x), own)
+
+
+def _forward(call, far, others, query, key, value, mask, *, scale):
+  """Returns out (B, P, R, N, H) and lse (B, P, R, N).
 
   Args:
     call: the `near.Call`.
     far: the `sharded.Far`.
-    keys: what `gather` returned.
+    others: the `Keys` of all slots, if they have come already.
+    query: the device's own rows, (B, P, R, N, H), of P pieces.
+    key: (B, P, R, K U, H), in lanes.
+    value: as key.
+    mask: causal or not.
+    scale: of the scores.
   """
-  cut, query, rectangles = _rectangles(call, far, keys)
-  out, lse = _attend_rectangles(call, query, rectangles)
-  length = call.inputs.query.shape[1]
-  return _put_back(out, cut, length), _put_back(lse, cut, length, -jnp.inf)
+  del mask, scale
+  seen = _rectangles(call, far, others, query, key, value)
+  found = _attend_rectangles(call, *seen)
+  return tuple(x.reshape(query.shape[: x.ndim]) for x in found)
 
 
-def backward(call: near.Call, far: sharded.Far, keys: tuple[Keys, Keys], terms):
-  """Returns dquery, dkey, dvalue (B, L, ...) of a branch, over all devices.
-
-  Args:
-    call: the `near.Call`.
-    far: the `sharded.Far`.
-    keys: what `gather` returned.
-    terms: out, lse, dout, dlse (or None) of the mixture.
-  """
-  cut, query, rectangles = _rectangles(call, far, keys)
-  take = lambda x: None if x is None else _one_list(selection.select(x, cut))
-  out, lse, dout, dlse = map(take, terms)
-  if not call.settings.mixing_gradient:
-    out, _ = _attend_rectangles(call, query, rectangles)
+def _backward(
+  call, far, others, query, key, value, mask, out, lse, dout, dlse, *, scale
+):
+  """Returns dquery, dkey, dvalue of the device's own rows, over all devices."""
+  del mask
+  rows, rectangles = _rectangles(call, far, others, query, key, value)
+  terms = (None if x is None else _one_list(x) for x in (out, lse, dout, dlse))
+  terms = tuple(terms)
   dquery, dboth = [], []
   for tensors, mask in rectangles:
     found, dkey, dvalue = call.kernel.backward(
-      query, *tensors, mask, out, lse, dout, dlse, scale=call.settings.scale
+      rows, *tensors, mask, *terms, scale=scale
     )
     dquery.append(found)
     dboth.append(_to_lanes(call, far, jnp.concatenate([dkey, dvalue], -1)))
-  *own, others = dboth
-  padding = [(0, 0)] * others.ndim
-  padding[2] = (0, keys[1].both.shape[2] - others.shape[2])
-  total = exchange.scatter(far.exchange, jnp.pad(others, padding))
+  *own, theirs = dboth
+  padding = [(0, 0)] * theirs.ndim
+  padding[2] = (0, far.exchange.slots * rows.shape[2] - theirs.shape[2])
+  total = exchange.scatter(far.exchange, jnp.pad(theirs, padding))
   total = sum(own, start=total)
-  batch, length, kv_heads, _ = call.inputs.key.shape
-  total = _put_back(total, _cut(call, far, call.local(far.phases)), length)
-  total = total.reshape(batch, length, kv_heads, -1, total.shape[-1]).sum(3)
-  dquery = _put_back(sum(dquery), cut, length)
-  return dquery, *jnp.split(total, 2, axis=-1)
+  total = total.reshape(*key.shape[:-1], -1)
+  return sum(dquery).reshape(query.shape), *jnp.split(total, 2, axis=-1)
 
 
 def _attend_rectangles(call, query, rectangles):
@@ -107,20 +125,19 @@ def _attend_rectangles(call, query, rectangles):
   return found[0] if len(found) == 1 else attention.merge(*found[0], *found[1])
 
 
-def _rectangles(call: near.Call, far: sharded.Far, keys: tuple[Keys, Keys]):
-  """Returns the cut of the queries, their rows, and what these see.
+def _rectangles(call, far, others, query, key, value):
+  """Returns the query rows (B, 1, M, N, H), and what these see.
 
   That is ((key, value), mask) of the device's own rows, and of the past; or
   without causality, of all that was gathered.
   """
-  own, others = keys
+  own = _own(call, _cut(call, far, call.local(far.phases)), key, value)
+  others = others or _gather(far, own)
+  query = _one_list(query).astype(call.product)
   first = exchange.first_device(far.exchange)
-  cut = _cut(call, far, call.local(call.all_phases(far.r))[:, None])
-  query = _one_list(selection.select(call.inputs.query, cut))
-  query = query.astype(call.product)
   if not call.settings.is_causal:
     devices = first + jnp.arange(far.exchange.slots)
-    return cut, query, [_rectangle(call, far, others, devices)]
+    return query, [_rectangle(call, far, others, devices)]
   device = _device(call)
   square = _rectangle(call, far, own, device[None], is_causal=True)
   # The last slot is nobody's past.
@@ -133,7 +150,7 @@ def _rectangles(call: near.Call, far: sharded.Far, keys: tuple[Keys, Keys]):
   past = _rectangle(
     call, far, others, first + jnp.arange(slots), lengths=lengths
   )
-  return cut, query, [square, past]
+  return query, [square, past]
 
 
 def _rectangle(
@@ -237,12 +254,6 @@ def _positions(call: near.Call, far: sharded.Far, devices, phases):
 def _one_list(rows):
   """Returns (B, 1, P R, N, ...), one list of a device's (B, P, R, N, ...)."""
   return rows.reshape(rows.shape[0], 1, -1, *rows.shape[3:])
-
-
-def _put_back(rows, cut, length, fill=0):
-  """Returns (B, L, N, ...) from one list of rows."""
-  rows = rows.reshape(rows.shape[0], -1, cut.kept, *rows.shape[3:])
-  return selection.put_back(rows, cut, length, fill)
 
 
 def _to_heads(call: near.Call, far: sharded.Far, x):

@@ -65,8 +65,6 @@ def _forward(settings, layout, return_residual, inputs):
   """Returns (out, lse) and what the backward pass needs."""
   del return_residual
   call, near, distant = _branches(settings, layout, inputs)
-  # First, so that they can run while the near branches are computed.
-  arrived = [far.gather(call, branch) for branch in distant]
 
   def step(branch, first, size, total):
     rows = near_lib.Rows(inputs[:3], (), first, size)
@@ -79,11 +77,7 @@ def _forward(settings, layout, return_residual, inputs):
     out = jnp.zeros_like(rows.query, call.wide)
     return out, jnp.full_like(out[..., 0], -jnp.inf)
 
-  total = _over_windows(call, near, step, nothing, dtype)
-  for branch, keys in zip(distant, arrived, strict=True):
-    found = far.forward(call, branch, keys)
-    total = attention.merge(*total, *found) if total else found
-  out, lse = total
+  out, lse = _over_all(call, near, distant, step, nothing, dtype)
   out = out.astype(inputs.query.dtype)
   # Finite, for jax_debug_infs; so large that rows without keys take no part.
   largest = jnp.asarray(jnp.finfo(lse.dtype).max, lse.dtype)
@@ -108,11 +102,7 @@ def _backward(settings, layout, return_residual, residuals, grads):
     return tuple(jnp.zeros_like(x, call.wide) for x in rows[:3])
 
   with jax.default_matmul_precision(settings.precision):
-    arrived = [far.gather(call, branch) for branch in distant]
-    total = _over_windows(call, near, step, nothing, dtype)
-    for branch, keys in zip(distant, arrived, strict=True):
-      found = far.backward(call, branch, keys, terms)
-      total = tuple(map(jnp.add, total, found)) if total else found
+    total = _over_all(call, near, distant, step, nothing, dtype)
   total = (x.astype(y.dtype) for x, y in zip(total, inputs[:3], strict=True))
   none = (None,) * len(inputs.documents)
   return (arguments.Inputs(*total, None, none, None),)
@@ -127,12 +117,26 @@ def _branches(settings, layout, inputs):
   if layout is not None:
     place = sharded.find_place(layout, inputs.query)
     call = near_lib.Call(settings, kernel, inputs, place)
-    return call, *sharded.split(call, layout)
+    near, distant = sharded.split(call, layout)
+    return call, near, [far.make_branch(call, x) for x in distant]
   call = near_lib.Call(settings, kernel, inputs, near_lib.Place())
   length = inputs.query.shape[1]
   branches = enumerate(settings.branches)
   near = [near_lib.Branch(i, min(w, length), r) for i, (w, r) in branches]
   return call, near, []
+
+
+def _over_all(call, near, distant, step, nothing, dtype):
+  """Returns what all branches come to, near and far; see `_over_windows`."""
+  length = call.inputs.query.shape[1]
+  if call.dense and distant:
+    # One tree for both, over all rows: those of far branches span windows.
+    total, distant = None, near_lib.nested(call, [*near, *distant], length)
+  else:
+    total = _over_windows(call, near, step, nothing, dtype)
+  for branch in distant:
+    total = step(branch, 0, length, total)
+  return total
 
 
 def _over_windows(call, branches, step, nothing, dtype):

@@ -91,12 +91,15 @@ class Branch(NamedTuple):
 
   index: its place among all.
   children: branches whose rows are among its own (`nested`).
+  far: where its segments lie on several devices, the kernel over these and
+    how queries and keys are cut (`far.make_branch`); w is a piece of them.
   """
 
   index: int
   w: int
   r: int
   children: tuple["Branch", ...] = ()
+  far: tuple[kernels.Kernel, tuple[selection.Cut, selection.Cut]] | None = None
 
 
 class Rows(NamedTuple):
@@ -118,7 +121,7 @@ class Rows(NamedTuple):
 def forward(call: Call, branch: Branch, rows: Rows):
   """Returns out (B, T, N, H) and lse (B, T, N) of a branch and its children."""
   selected = _select(call, branch, rows)
-  found = _attend_selected(call, selected)
+  found = _attend_selected(call, branch, selected)
   for child in branch.children:
     more = forward(call, child, _as_rows(selected, (), rows))
     more = (x.reshape(y.shape) for x, y in zip(more, found, strict=True))
@@ -139,9 +142,9 @@ def backward(call: Call, branch: Branch, rows: Rows):
   terms = tuple(None if x is None else take(x) for x in rows.terms)
   out, lse, dout, dlse = terms
   if not call.settings.mixing_gradient:
-    out, _ = _attend_selected(call, selected)
+    out, _ = _attend_selected(call, branch, selected)
   scale = call.settings.scale
-  grads = call.kernel.backward(
+  grads = _kernel(call, branch).backward(
     *selected.tensors, selected.mask, out, lse, dout, dlse, scale=scale
   )
   for child in branch.children:
@@ -188,6 +191,9 @@ def nested(call: Call, branches: list[Branch], length: int) -> list[Branch]:
 
 def _holds(call, parent, child, length):
   """Returns whether the rows of a branch are among those of another."""
+  heads, kv_heads = (x.shape[2] for x in call.inputs[:2])
+  if child.far and (child.w % child.r or heads != kv_heads):
+    return False  # its phases differ from device to device, or keys are lanes
   phases = call.all_phases(child.r) - call.all_phases(parent.r)
   divided = parent.w % parent.r, child.r % parent.r, child.w % parent.w
   return not any((*divided, length % parent.w, (phases % parent.r).any()))
@@ -225,9 +231,13 @@ def _take(x, rows, cut):
   return selection.select(x, cut)
 
 
-def _attend_selected(call, selected):
+def _kernel(call, branch):
+  return branch.far[0] if branch.far else call.kernel
+
+
+def _attend_selected(call, branch, selected):
   """Returns out and lse of the selected rows."""
-  out, lse = call.kernel.forward(
+  out, lse = _kernel(call, branch).forward(
     *selected.tensors, selected.mask, scale=call.settings.scale
   )
   if selected.zero_keys is None:
@@ -245,8 +255,10 @@ def _select(call, branch, rows):
   row_cuts = cuts
   if rows.cuts is not None:
     row_cuts = tuple(map(_relative, cuts, rows.cuts))
+  # What is sent keeps its type.
+  dtype = inputs.query.dtype if branch.far else call.product
   tensors = [
-    _take(x, rows, c).astype(call.product)
+    _take(x, rows, c).astype(dtype)
     for x, c in zip(rows.tensors, (*row_cuts, row_cuts[1]), strict=True)
   ]
   start = call.place.start + first
@@ -254,6 +266,9 @@ def _select(call, branch, rows):
   if inputs.lengths is not None:
     ends = jnp.clip(inputs.lengths - start, 0, length)
     tensors[1:] = (_zeroed(x, key_cut, ends) for x in tensors[1:])
+  if branch.far:
+    mask = kernels.Mask(call.settings.is_causal)  # the rest is its kernel's
+    return _Selected(tuple(tensors), mask, None, cuts, row_cuts)
   lengths, zero_keys = _key_counts(call, cut, length, ends)
   bits = None
   if inputs.seed is not None:
@@ -275,7 +290,9 @@ def _cuts(call, branch, rows):
   A key head is selected once if all of its query heads have the same phase,
   else for each of them.
   """
-  _, w, r, _ = branch
+  if branch.far:
+    return branch.far[1]
+  w, r = branch.w, branch.r
   kv_heads = call.inputs.key.shape[2]
   by_head = call.all_phases(r).reshape(call.place.parts, 1, kv_heads, -1)
   phases = call.local(by_head)

@@ -35,6 +35,12 @@ CASES = {
     {**EVEN, "mixing_gradient": False, "dropout_rate": 0.3},
     ("dropout_key",),
   ),
+  "nested": (
+    32,
+    4,
+    {"segment_lengths": (4, 16, 32), "dilation_rates": (1, 2, 4)},
+    ("segment_ids", "key_value_seq_lengths"),
+  ),
 }
 
 
@@ -96,6 +102,10 @@ MATRIX = [
   pytest.param(*x, marks=() if x in QUICK else pytest.mark.slow)
   for x in itertools.product(CASES, (True, False), (2, 4, 8))
 ]
+TREES = [
+  pytest.param(*x, marks=() if x == ("nested", True, 4) else pytest.mark.slow)
+  for x in itertools.product(CASES, (True, False), (2, 4, 8))
+]
 
 
 def check(found, case, is_causal):
@@ -113,6 +123,18 @@ def test_equals_one_device(case, is_causal, devices):
   mesh = mesh_lib.make_mesh(seq=devices)
   attend = functools.partial(longnet_jax.sequence_parallel_attention, mesh=mesh)
   check(results(attend, case, is_causal), case, is_causal)
+
+
+@pytest.mark.parametrize("case, is_causal, devices", TREES)
+def test_branches_are_a_tree_over_devices_too(case, is_causal, devices):
+  """As on TPU: rows are selected from those of a branch before, by sums."""
+  attend = functools.partial(
+    longnet_jax.sequence_parallel_attention,
+    mesh=mesh_lib.make_mesh(seq=devices),
+    implementation="xla",
+  )
+  with kernels.compiling_for("tpu"):
+    check(results(attend, case, is_causal), case, is_causal)
 
 
 def test_examples_and_heads_may_be_split_as_well():
