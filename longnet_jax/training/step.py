@@ -11,9 +11,14 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from longnet_jax.models import transformer
+from longnet_jax.ops import kernels
 from longnet_jax.parallel import sharding
 from longnet_jax.training import loss as loss_lib
 from longnet_jax.training import state as state_lib
+
+# A layer's matrices are small beside its activations: gather them whole, and do
+# not multiply share by share, which reads and writes all rows for each.
+_TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20}
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -168,11 +173,13 @@ def make_mixing_step(
 def jit_train_step(train_step, mesh, abstract_state: state_lib.TrainState):
   """The step with explicit shardings; the state's buffers are reused."""
   states = sharding.shardings_for(abstract_state, mesh)
+  options = _TPU_OPTIONS if kernels.platform() == "tpu" else None
   return jax.jit(
     train_step,
     in_shardings=(states, sharding.batch_sharding(mesh)),
     out_shardings=(states, NamedSharding(mesh, P())),
     donate_argnames=("state",),
+    compiler_options=options,
   )
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longnet_jax.ops import rotary
+from longnet_jax.ops import kernels, rotary
 
 _HEAD_DIM = 64
 
@@ -106,6 +106,26 @@ def test_rotation_keeps_the_dtype_and_computes_in_float32():
   exact = rotary.rotate_query(half.astype(jnp.float32), tables)
   assert turned.dtype == jnp.bfloat16
   np.testing.assert_array_equal(turned, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_tpu_pairs_are_turned_by_a_product(dtype):
+  x = jax.random.normal(jax.random.key(0), (2, 5, 3, _HEAD_DIM), dtype)
+  positions = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
+  for tables in (
+    rotary.rope(positions, head_dim=_HEAD_DIM),
+    rotary.xpos(positions, head_dim=_HEAD_DIM),
+  ):
+    wanted = rotary.rotate_key(x, tables)
+    with kernels.compiling_for("tpu"):
+      found = rotary.rotate_key(x, tables)
+    assert found.dtype == wanted.dtype
+    np.testing.assert_allclose(
+      found.astype(jnp.float32),
+      wanted.astype(jnp.float32),
+      rtol=1e-6,
+      atol=1e-6,
+    )
 
 
 def test_positions_may_be_traced_and_differ_within_a_batch():
