@@ -4,13 +4,37 @@ from experiments import baselines
 
 
 def quickstart(record: dict) -> list[tuple]:
-  """Returns bits per byte of the quickstart model beside a byte trigram."""
+  """Returns bits per byte of the quickstart model, and what context adds."""
   rows = [
     (f"LongNet, context {score['length']:,}", f"{score['bits_per_byte']:.3f}")
     for score in record["lengths"]
   ]
   rows.append(("byte trigram", f"{record['trigram_bits_per_byte']:.3f}"))
-  return [(("model", f"bits per byte, {record['split']} split"), rows)]
+  found = [(("model", f"bits per byte, {record['split']} split"), rows)]
+  if "cut_to" in record:
+    found.append(_by_position(record))
+  return found
+
+
+def _by_position(record):
+  """Returns what the same tokens score with more and with less context."""
+  longest = max(score["length"] for score in record["lengths"])
+  head = (
+    f"position in windows of {longest:,}",
+    "bits per byte",
+    f"the same tokens in windows of {record['cut_to']:,}",
+    "context is worth",
+  )
+  rows = [
+    (
+      f"{row['from']:,} to {row['to'] - 1:,}",
+      f"{row['bits_per_byte']:.3f}",
+      f"{row['cut_bits_per_byte']:.3f}",
+      f"{row['context_worth']:.3f}",
+    )
+    for row in record["positions"]
+  ]
+  return head, rows
 
 
 def comparison(record: dict) -> list[tuple]:
