@@ -55,12 +55,14 @@ def summary(
   )
 
 
-def reach_line(pattern: pattern_lib.Pattern, num_layers: int) -> str:
+def reach_line(
+  pattern: pattern_lib.Pattern, num_layers: int | None = None
+) -> str:
   """Returns in a line how far heads and layers reach in one window.
 
   Args:
     pattern: the setting, as long as the window.
-    num_layers: layers of the model.
+    num_layers: layers of the model; None: as many as there could be.
   """
   longest, length = max(pattern.segment_lengths), pattern.length
   if longest < length:
@@ -74,8 +76,10 @@ def reach_line(pattern: pattern_lib.Pattern, num_layers: int) -> str:
   found = f"gaps in {gaps} of {len(pattern.branches)} branches"
   shares = reach.estimated_coverage(pattern, num_layers)
   layers = (
-    "1 layer connects" if num_layers == 1 else f"{num_layers} layers connect"
+    "layers connect" if num_layers is None else f"{num_layers} layers connect"
   )
+  if num_layers == 1:
+    layers = "1 layer connects"
   parts = [held, found if gaps else "no gaps"]
   if shares is not None:
     parts.append(f"{layers} {percent(shares[-1])} of its pairs")
