@@ -13,7 +13,7 @@ import pathlib
 from absl import flags
 
 from experiments import attention_speed, command, decode_speed, hardware
-from longnet_jax import checked
+from longnet_jax import analysis, checked
 
 _LENGTHS = flags.DEFINE_list(
   "lengths", ["2048", "4096", "8192", "16384", "32768"], "lengths in tokens"
@@ -112,6 +112,9 @@ def _sweep(setting, lengths, mode):
   cores = attention_speed.cores(setting, 1) if _DENSE.value else ("LongNet",)
   records, expected = [], dict.fromkeys(cores, 0.0)
   for length in lengths:
+    print(
+      f"{length:>9}  LongNet's {analysis.reach_line(setting.pattern(length))}"
+    )
     names = [n for n, s in expected.items() if s <= _MAX_SECONDS.value]
     for record in attention_speed.measure(
       setting, length, names=names, mode=mode, repeats=_REPEATS.value

@@ -22,6 +22,7 @@ from jax import numpy as jnp
 from matplotlib import figure as mpl_figure
 
 from experiments import attention_speed, command, hardware
+from longnet_jax import analysis
 from longnet_jax.inference import cache as cache_lib
 from longnet_jax.inference import decode
 from longnet_jax.models import config as config_lib
@@ -69,6 +70,8 @@ def run(
   print(f"{'tokens/s':>10}{'cache MiB':>12}")
   records = []
   for context in contexts:
+    reach = analysis.reach_line(setting.pattern(context), num_layers)
+    print(f"{context:>10}  LongNet's {reach}", flush=True)
     found = measure(config, [context], batch=setting.batch, repeats=repeats)
     print("\n".join(map(_line, found)), flush=True)
     records += found
@@ -157,9 +160,8 @@ def _measure_one(config, params, context, batch, repeats, max_cache_bytes):
   start = max(context - repeats - 1, 0)
   for core in _STYLES:
     changed = dataclasses.replace(config, attention=core)
-    room = None if core == "dilated" else start + repeats + 1
     make = functools.partial(
-      cache_lib.make_cache, changed, batch, max_length=room
+      cache_lib.make_cache, changed, batch, max_length=start + repeats + 1
     )
     record = {"core": core, "context": context}
     record["cache_bytes"] = jax.eval_shape(make).nbytes

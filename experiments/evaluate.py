@@ -1,7 +1,8 @@
 """Evaluates trained models: python -m experiments.evaluate --workdir=DIR.
 
-Prints perplexity and bits per byte at each context length and by position
-inside the longest, and writes evaluation.json and evaluation.png into the
+Prints perplexity and bits per byte at each context length, and by position the
+same tokens in windows of the longest length and of the shortest: the difference
+is what context is worth. Writes evaluation.json and evaluation.png into the
 workdir. With --compare=DIR2,DIR3 these are evaluated on the same text and
 drawn into the same picture, and loss_compare.png shows their training.
 """
@@ -9,7 +10,7 @@ drawn into the same picture, and loss_compare.png shows their training.
 from absl import flags
 
 from experiments import command, hardware
-from longnet_jax import checked, evaluate, storage
+from longnet_jax import analysis, checked, evaluate, scores, storage
 from longnet_jax.data import config as data_config
 from longnet_jax.data import tokenizers
 from longnet_jax.training import checkpoint, curves, metrics
@@ -18,7 +19,9 @@ from longnet_jax.training import workdir as workdir_lib
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
 _COMPARE = flags.DEFINE_list("compare", [], "workdirs to set beside it")
 _LENGTHS = flags.DEFINE_list(
-  "lengths", [], "context lengths in tokens; the trained window by default"
+  "lengths",
+  [],
+  "context lengths in tokens; by default the window and an eighth of it",
 )
 _SPLIT = flags.DEFINE_enum(
   "split", "test", data_config.SPLITS, "which documents to read"
@@ -47,7 +50,7 @@ def main(_) -> None:
   for label, workdir in zip(labels, workdirs, strict=True):
     records[label] = evaluate_workdir(workdir, lengths)
   picture = workdirs[0] / "evaluation.png"
-  evaluate.draw(records, picture)
+  scores.draw(records, picture)
   print(f"wrote {picture}")
   if _COMPARE.value:
     picture = workdirs[0] / "loss_compare.png"
@@ -62,23 +65,28 @@ def evaluate_workdir(workdir: storage.Path, lengths: list[int]) -> dict:
     step = checkpoints.find(command.which_checkpoint(_CHECKPOINT.value))
   model, params = checkpoint.load_checkpoint(workdir, step=step)
   config = workdir_lib.read_config(workdir)
+  window = config.data.window
+  lengths = lengths or [window // 8 or 1, window]
+  reach = analysis.model_reach_line(model, max(lengths))
+  print(f"{workdir}: {model.attention}, step {step}, {_SPLIT.value} split")
+  print(reach, flush=True)
   result = evaluate.evaluate(
     model,
     params,
     config.data,
     tokenizers.load(workdir_lib.tokenizer_path(workdir)),
-    lengths or [config.data.window],
+    lengths,
     split=_SPLIT.value,
     max_tokens=_MAX_TOKENS.value,
   )
-  print(f"{workdir}: {model.attention}, step {step}, {result.split} split")
-  print(evaluate.table(result), flush=True)
-  return evaluate.write(
+  print(scores.table(result), flush=True)
+  return scores.write(
     result,
     workdir / "evaluation.json",
     step=step,
     attention=model.attention,
-    trained_window=config.data.window,
+    trained_window=window,
+    reach=reach,
     command=command.line(),
     hardware=hardware.describe(),
   )

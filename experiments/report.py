@@ -59,7 +59,7 @@ def main(_) -> None:
       )
   if _CHECK.value:
     return
-  pictures.draw_overview(DOCS / "pattern.png")
+  pictures.draw_overview(path=DOCS / "pattern.png")
   attention_speed.draw(_read("benchmark_cpu"), DOCS / "benchmark_cpu.png")
   decode = _read("decode_cpu")
   decode_speed.draw(decode["records"], DOCS / "decode_cpu.png", decode["title"])

@@ -1,16 +1,46 @@
 """Tables of the README from docs/*.json: lists of (head, rows), cells text."""
 
-from experiments import baselines
+import functools
+
+from experiments import attention_speed, baselines
+from longnet_jax import analysis
+from longnet_jax.analysis import report
+
+_REACH = ("longest segment", "pairs that layers connect")
 
 
 def quickstart(record: dict) -> list[tuple]:
-  """Returns bits per byte of the quickstart model beside a byte trigram."""
+  """Returns bits per byte of the quickstart model, and what context adds."""
   rows = [
     (f"LongNet, context {score['length']:,}", f"{score['bits_per_byte']:.3f}")
     for score in record["lengths"]
   ]
   rows.append(("byte trigram", f"{record['trigram_bits_per_byte']:.3f}"))
-  return [(("model", f"bits per byte, {record['split']} split"), rows)]
+  found = [(("model", f"bits per byte, {record['split']} split"), rows)]
+  if "cut_to" in record:
+    found.append(_by_position(record))
+  return found
+
+
+def _by_position(record):
+  """Returns what the same tokens score with more and with less context."""
+  longest = max(score["length"] for score in record["lengths"])
+  head = (
+    f"position in windows of {longest:,}",
+    "bits per byte",
+    f"the same tokens in windows of {record['cut_to']:,}",
+    "context is worth",
+  )
+  rows = [
+    (
+      f"{row['from']:,} to {row['to'] - 1:,}",
+      f"{row['bits_per_byte']:.3f}",
+      f"{row['cut_bits_per_byte']:.3f}",
+      f"{row['context_worth']:.3f}",
+    )
+    for row in record["positions"]
+  ]
+  return head, rows
 
 
 def comparison(record: dict) -> list[tuple]:
@@ -28,10 +58,14 @@ def comparison(record: dict) -> list[tuple]:
 
 
 def benchmark(record: dict) -> list[tuple]:
-  """Returns time and memory of attention at each length."""
+  """Returns time, memory and reach of attention at each length."""
   rows = []
+  setting = attention_speed.Setting(**record["setting"])
   for r in record["records"]:
-    start = (f"{r['length']:,}", r["mode"], r["core"])
+    pattern = setting.pattern(r["length"])
+    if r["core"] != "LongNet":
+      pattern = analysis.dense(pattern)
+    start = (f"{r['length']:,}", r["mode"], r["core"], *_reach(pattern))
     if "skipped" in r:
       rows.append((*start, r["skipped"], "", "", ""))
       continue
@@ -45,12 +79,28 @@ def benchmark(record: dict) -> list[tuple]:
         f"{temporary / 1000:.1f}",
       )
     )
-  head = ("length", "mode", "core", "seconds", "µs a token")
+  head = ("length", "mode", "core", *_REACH, "seconds", "µs a token")
   return [(head + ("of matmul FLOP/s", "temporary KB a token"), rows)]
 
 
+@functools.cache
+def _reach(pattern):
+  """Returns the longest segment, whether heads leave gaps, and pairs joined."""
+  longest = min(max(pattern.segment_lengths), pattern.length)
+  gaps = " (gaps)" if any(analysis.gaps(pattern)) else ""
+  shares = analysis.estimated_coverage(pattern)
+  joined = "" if shares is None else report.percent(shares[-1])
+  return f"{longest:,}{gaps}", joined
+
+
 def decoding(record: dict) -> list[tuple]:
-  """Returns a step's time and the cache's bytes, core beside core."""
+  """Returns a step's time and the cache's bytes, core beside core.
+
+  Beside them is what of the context reaches a position of LongNet.
+  """
+  setting = dict(record["setting"])
+  del setting["num_layers"]
+  setting = attention_speed.Setting(**setting)
   found = {(r["context"], r["core"]): r for r in record["records"]}
   cores = baselines.LABELS
   rows = []
@@ -60,8 +110,10 @@ def decoding(record: dict) -> list[tuple]:
       f"{1e3 * r['seconds']:.1f}" if "seconds" in r else "-" for r in records
     )
     caches = (f"{r['cache_bytes'] / 2**20:.1f}" for r in records)
-    rows.append((f"{context:,}", *steps, *caches))
-  head = ("context", *(f"{name}, ms a step" for name in cores.values()))
+    reach = _reach(setting.pattern(context))
+    rows.append((f"{context:,}", *reach, *steps, *caches))
+  head = ("context", *(f"LongNet, {text}" for text in _REACH))
+  head += tuple(f"{name}, ms a step" for name in cores.values())
   return [(head + tuple(f"{name}, MiB" for name in cores.values()), rows)]
 
 

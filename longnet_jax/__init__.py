@@ -12,7 +12,8 @@ The package is a stack; each layer imports only from those above it:
   analysis    FLOPs, reach and pictures of an attention pattern
   training    loss, optimizer, step, checkpoints, metrics
   interop     weights of torchscale and Prov-GigaPath
-  evaluate    what a trained model has learned
+  scores      what a trained model has learned: table, picture, JSON
+  evaluate    and how that is measured
 
 Shapes are written with one letter an axis: B batch, T positions, N query heads,
 K key/value heads, H head width, D model width, F feed-forward width, V

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longnet_jax import checked, evaluate
+from longnet_jax import checked, evaluate, scores
 from longnet_jax.data import config as data_config
 from longnet_jax.data import pipeline
 from longnet_jax.models import config as model_config
@@ -56,7 +56,14 @@ def test_every_token_of_the_split_counts_once_at_each_length(parts, evaluation):
   tokens = sum(int(b["weights"].sum()) for b in batches)
   for score in evaluation.by_length.values():
     assert score.tokens == tokens
-  assert sum(s.tokens for s in evaluation.by_position.values()) == tokens
+  assert evaluation.by_position.keys() == evaluation.by_position_cut.keys()
+  for by_position in (evaluation.by_position, evaluation.by_position_cut):
+    assert sum(s.tokens for s in by_position.values()) == tokens
+  for span, score in evaluation.by_position.items():
+    cut = evaluation.by_position_cut[span]
+    assert (cut.tokens, cut.bytes) == (score.tokens, score.bytes)
+  nats = sum(s.nats for s in evaluation.by_position_cut.values())
+  assert nats == pytest.approx(evaluation.by_length[16].nats)
 
 
 def test_scores_are_those_of_the_logits(parts, evaluation):
@@ -101,6 +108,38 @@ def test_less_text_is_the_same_text_at_each_length(parts):
   np.testing.assert_array_equal(short, long)
 
 
+@pytest.mark.parametrize("length", [128, 16, 48])
+def test_the_same_tokens_are_found_at_each_length(parts, length):
+  _, _, data, tokenizer = parts
+  cut = lambda window: pipeline.make_source(
+    dataclasses.replace(data, window=window), tokenizer, "test"
+  )
+  longest, source = cut(128), cut(length)
+  places = evaluate._Places(longest, 384)
+  numbers = evaluate._windows(source, length, 128, 384)
+  found = places.find(numbers, len(numbers) + 1, length)
+  assert np.all(found[-1] == -1)  # padding
+  spans = evaluate._windows(longest, 128, 128, 384)
+  assert len(spans) == 3 < longest.num_windows
+  whole = [longest.batch(n, 1, shuffled=False) for n in spans]
+  chosen = [b["positions"][b["weights"] > 0] for b in whole]
+  np.testing.assert_array_equal(found[found >= 0], np.concatenate(chosen))
+
+
+def test_what_no_head_reads_is_worth_nothing_at_any_position(parts):
+  config, params, data, tokenizer = parts
+  short = dataclasses.replace(config, segment_lengths=(8,), dilation_rates=(1,))
+  found = evaluate.evaluate(
+    short, params, data, tokenizer, [16, 128], batch_tokens=512, loss_chunk=32
+  )
+  rows = found.to_dict()["positions"]
+  bits = [row["bits_per_byte"] for row in rows]
+  assert abs(bits[0] - bits[-1]) > 1e-3  # other text, not more context
+  assert [row["context_worth"] for row in rows] == pytest.approx(
+    [0, 0], abs=1e-6
+  )
+
+
 def test_buckets_double_up_to_the_length():
   assert evaluate.position_edges(300).tolist() == [0, 64, 128, 256, 300]
   assert evaluate.position_edges(10).tolist() == [0, 10]
@@ -120,12 +159,26 @@ def test_no_number_of_tokens_is_refused(parts, name):
 
 
 def test_table_json_and_picture(evaluation, tmp_path):
-  text = evaluate.table(evaluation)
+  text = scores.table(evaluation)
   assert "a byte trigram reaches" in text
-  assert len(text.splitlines()) == 5 + len(evaluation.by_position)
-  record = evaluate.write(evaluation, tmp_path / "e.json", step=3)
+  assert len(text.splitlines()) == 6 + len(evaluation.by_position)
+  record = scores.write(evaluation, tmp_path / "e.json", step=3)
   assert json.loads((tmp_path / "e.json").read_text()) == record
   assert record["step"] == 3
+  assert record["cut_to"] == 16
   assert [row["length"] for row in record["lengths"]] == [16, 128]
-  evaluate.draw({"one": record, "two": record}, tmp_path / "e.png")
+  for row in record["positions"]:
+    full, cut = row["bits_per_byte"], row["cut_bits_per_byte"]
+    assert row["context_worth"] == cut - full
+    assert f"{full:10.4f}  {cut:10.4f}  {cut - full:8.4f}" in text
+  scores.draw({"one": record, "two": record}, tmp_path / "e.png")
   assert (tmp_path / "e.png").stat().st_size > 5000
+
+
+def test_one_length_says_nothing_of_context(evaluation, tmp_path):
+  alone = dataclasses.replace(evaluation, by_position_cut={})
+  assert "a second, shorter context would show" in scores.table(alone)
+  record = scores.write(alone, tmp_path / "e.json")
+  assert record["cut_to"] is None
+  assert "context_worth" not in record["positions"][0]
+  scores.draw({"one": record}, tmp_path / "e.png")

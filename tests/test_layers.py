@@ -18,6 +18,7 @@ LAYERS = [
   "analysis",
   "training",
   "interop",
+  "scores",
   "evaluate",
   "plan",
 ]

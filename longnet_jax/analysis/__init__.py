@@ -6,6 +6,8 @@
   cost(pattern), dense(pattern)         FLOPs and bytes, and dense beside it
   decode_cache_bytes(pattern)           keys and values held while decoding
   coverage(pattern, num_layers)         fraction of pairs joined in 1, 2, ...
+  estimated_coverage                    the same in seconds, of a sample
+  reach_line(pattern, num_layers)       longest segment, gaps, share of pairs
   hops(pattern, source, target)         layers between two positions
   logarithmic_bound(pattern)            the paper's count of those layers
   gaps(pattern)                         phases that no head reads
@@ -27,12 +29,18 @@ from longnet_jax.analysis.pictures import (
 )
 from longnet_jax.analysis.reach import (
   coverage,
+  estimated_coverage,
   hops,
   hops_from,
   logarithmic_bound,
   reached_pairs,
 )
-from longnet_jax.analysis.report import describe, summary
+from longnet_jax.analysis.report import (
+  describe,
+  model_reach_line,
+  reach_line,
+  summary,
+)
 from longnet_jax.analysis.suggestion import Suggestion, suggest
 from longnet_jax.pattern import (
   Pattern,
@@ -57,13 +65,16 @@ __all__ = [
   "draw_overview",
   "draw_reach",
   "draw_union",
+  "estimated_coverage",
   "from_config",
   "gaps",
   "hops",
   "hops_from",
   "kept_rows",
   "logarithmic_bound",
+  "model_reach_line",
   "num_unread",
+  "reach_line",
   "reached_pairs",
   "suggest",
   "summary",

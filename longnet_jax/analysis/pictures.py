@@ -2,7 +2,8 @@
 
 Rows are queries and columns are keys, as in figures 2 and 3 of
 arXiv 2307.02486. Every function returns a matplotlib Figure and, given a path,
-writes it there; patterns are drawn pair by pair, so keep them small.
+writes it there. Up to 512 positions are drawn pair by pair, others block by
+block: a cell is coloured where any of its pairs is read.
 """
 
 import os
@@ -18,10 +19,13 @@ from longnet_jax import pattern as pattern_lib
 from longnet_jax.analysis import masks as masks_lib
 from longnet_jax.analysis import reach
 
-_LARGEST = 512  # positions; beyond it pictures become very large
+_LARGEST = 512  # positions drawn one by one; beyond it pictures become large
+_CELLS = 256  # blocks that stand for more positions, at most
+_LONGEST_WALK = 1 << 22  # positions that are followed in seconds
 _OUTLINED = 40  # positions up to which cells are told apart by white lines
 _DPI = 160
 _CELL = 2 / _DPI  # inches, at least: narrower cells drop out or beat
+_ANY = ", coloured where any pair is read"
 _UNREAD = "#f4f4f4"
 _FUTURE = "#d9d9d9"
 # Okabe and Ito's: colour-blind readers tell them apart too. Their yellow, pale
@@ -47,11 +51,11 @@ def draw_branches(
 
   A pair that several branches read has the colour of the first of them.
   """
-  _check(pattern)
   pattern_lib.index("head", head, pattern.num_heads)
-  figure, panels = _panels(len(pattern.branches) + 1, pattern.length)
+  figure, panels = _panels(len(pattern.branches) + 1, pattern)
   _draw_branch_panels(panels, pattern, head)
-  figure.suptitle(f"Branches of head {head}: {_setting(pattern)}")
+  title = f"Branches of head {head}: {_setting(pattern)}"
+  figure.suptitle(title + _cell_note(pattern, _ANY))
   return _finish(figure, path)
 
 
@@ -59,27 +63,27 @@ def draw_heads(
   pattern: pattern_lib.Pattern,
   path: str | os.PathLike | None = None,
   *,
-  branch: int = 0,
+  branch: int | None = None,
 ) -> mpl_figure.Figure:
   """Draws each head of one branch, then their union, as the paper's figure 3.
 
-  A pair that several heads read has the colour of the first of them.
+  A pair that several heads read has the colour of the first of them. The
+  branch is by default the one that is dilated most.
   """
-  _check(pattern)
+  if branch is None:
+    branch = int(np.argmax(pattern.dilation_rates))
   pattern_lib.index("branch", branch, len(pattern.branches))
   width, rate = pattern.branches[branch]
-  masks = [
-    masks_lib.branch_mask(pattern, branch, head)
-    for head in range(pattern.num_heads)
-  ]
-  figure, panels = _panels(len(masks) + 1, pattern.length)
+  masks = [_mask(pattern, branch, h) for h in range(pattern.num_heads)]
+  figure, panels = _panels(len(masks) + 1, pattern)
   for head, mask in enumerate(masks):
     offset = pattern_lib.phase(pattern, rate, head)
     alone = np.where(mask, head + 1, 0)
     _show_owners(panels[head], pattern, alone, f"head {head}, phase {offset}")
   _show_owners(panels[-1], pattern, _owners(masks), "all heads")
   figure.suptitle(
-    f"Heads of the branch w = {width}, r = {rate} ({pattern.head_phase} phases)"
+    f"Heads of the branch w = {width:,}, r = {rate:,} ({pattern.head_phase} "
+    f"phases){_cell_note(pattern, _ANY)}"
   )
   return _finish(figure, path)
 
@@ -87,60 +91,90 @@ def draw_heads(
 def draw_union(
   pattern: pattern_lib.Pattern, path: str | os.PathLike | None = None
 ) -> mpl_figure.Figure:
-  """Draws how many (branch, head) read each pair."""
-  _check(pattern)
-  counts = masks_lib.multiplicity(pattern)
-  return _draw_levels(
+  """Draws how many (branch, head) read each pair, in blocks on average."""
+  label, block = "branches x heads that read a pair", _block(pattern)
+  counts = masks_lib.multiplicity(pattern, block)
+  if block == 1:
+    return _draw_levels(pattern, np.where(counts, counts, -1), label, path)
+  mean = counts / np.maximum(masks_lib.cell_pairs(pattern, block), 1)
+  image = np.ma.masked_less_equal(mean, 0)
+  return _draw_image(
     pattern,
-    np.where(counts, counts, -1),
-    "branches x heads that read a pair",
+    image,
+    f"{label}, on average (blank: none)",
     path,
+    cmap=matplotlib.colormaps["viridis_r"].with_extremes(bad=_UNREAD),
+    norm=mpl_colors.LogNorm(image.min(), max(image.max(), 1)),
   )
 
 
 def draw_reach(
   pattern: pattern_lib.Pattern, path: str | os.PathLike | None = None
 ) -> mpl_figure.Figure:
-  """Draws after how many layers a query has heard of each key."""
-  _check(pattern)
-  keys = range(pattern.length)
-  layers = np.stack([reach.hops_from(pattern, key) for key in keys], axis=1)
-  return _draw_levels(
-    pattern, layers, "layers from key to query (blank: never)", path
-  )
+  """Draws after how many layers a query has heard of each key.
 
-
-def draw_overview(path: str | os.PathLike) -> mpl_figure.Figure:
-  """Draws LongNet in one picture: branches, their union, and the other heads.
-
-  Upper row: three branches of one head and their union. Lower row: the same
-  union of the other heads, each shifted by its phase, and all heads together.
+  Of blocks after how many half of their pairs are connected, in a sample; it is
+  refused where following that would take minutes.
   """
-  pattern = pattern_lib.Pattern(32, 4, (8, 16, 32), (1, 2, 4))
-  figure, panels = _panels(8, pattern.length, columns=4)
-  _draw_branch_panels(panels[:4], pattern, head=0)
-  unions = [_branch_owners(pattern, head) for head in range(pattern.num_heads)]
-  for head in range(1, pattern.num_heads):
-    _show_owners(panels[3 + head], pattern, unions[head], f"head {head}, union")
+  block = _block(pattern)
+  if block == 1:
+    keys = range(pattern.length)
+    layers = np.stack([reach.hops_from(pattern, key) for key in keys], axis=1)
+    label = "layers from key to query (blank: never)"
+  elif pattern.length > _LONGEST_WALK:
+    raise checked.RefusedError(
+      f"length is {pattern.length}: reach is followed through up to "
+      f"{_LONGEST_WALK} positions; draw a smaller pattern with the same "
+      "proportions"
+    )
+  else:
+    layers = masks_lib.block_layers(pattern, block)
+    label = "layers that connect half of the pairs of a cell (blank: never)"
+  return _draw_levels(pattern, layers, label, path)
+
+
+def draw_overview(
+  pattern: pattern_lib.Pattern | None = None,
+  path: str | os.PathLike | None = None,
+) -> mpl_figure.Figure:
+  """Draws a setting in one picture: branches, their union, and other heads.
+
+  Upper row: the branches of one head and their union. Lower row: the same union
+  of other heads, as many as fit, each shifted by its phase, and of all heads.
+  By default the setting is LongNet in small.
+  """
+  if pattern is None:
+    pattern = pattern_lib.Pattern(32, 4, (8, 16, 32), (1, 2, 4))
+  count = len(pattern.branches)
+  others = range(1, min(pattern.num_heads, count + 1))
+  figure, panels = _panels(count + 2 + len(others), pattern, columns=count + 1)
+  _draw_branch_panels(panels[: count + 1], pattern, head=0)
+  for panel, head in enumerate(others, count + 1):
+    owners = _branch_owners(pattern, head)
+    _show_owners(panels[panel], pattern, owners, f"head {head}, union")
   everything = _owners(
     [
-      np.any([union == branch + 1 for union in unions], axis=0)
-      for branch in range(len(pattern.branches))
+      np.any(
+        [_mask(pattern, b, head) for head in range(pattern.num_heads)], axis=0
+      )
+      for b in range(count)
     ]
   )
   _show_owners(panels[-1], pattern, everything, "all heads, union")
   figure.suptitle(
     "Dilated attention: near tokens densely, far tokens sparsely, "
-    "each head shifted"
+    f"each head shifted{_cell_note(pattern, _ANY)}"
   )
+  handles = [
+    patches.Patch(color=_color(branch), label=f"w = {width:,}, r = {rate:,}")
+    for branch, (width, rate) in enumerate(pattern.branches)
+  ]
+  if pattern.is_causal:
+    handles.append(patches.Patch(color=_FUTURE, label="future: never read"))
   figure.legend(
-    handles=[
-      patches.Patch(color=_color(branch), label=f"w = {width}, r = {rate}")
-      for branch, (width, rate) in enumerate(pattern.branches)
-    ]
-    + [patches.Patch(color=_FUTURE, label="future: never read")],
+    handles=handles,
     loc="outside lower center",
-    ncols=len(pattern.branches) + 1,
+    ncols=min(len(handles), 6),
     frameon=False,
   )
   return _finish(figure, path)
@@ -149,8 +183,8 @@ def draw_overview(path: str | os.PathLike) -> mpl_figure.Figure:
 def _draw_branch_panels(panels, pattern, head):
   """Fills one panel a branch and a last one with their union."""
   for branch, (width, rate) in enumerate(pattern.branches):
-    mask = masks_lib.branch_mask(pattern, branch, head)
-    title = f"head {head}, w = {width}, r = {rate}"
+    mask = _mask(pattern, branch, head)
+    title = f"head {head}, w = {width:,}, r = {rate:,}"
     _show_owners(panels[branch], pattern, np.where(mask, branch + 1, 0), title)
   owners = _branch_owners(pattern, head)
   _show_owners(panels[-1], pattern, owners, f"head {head}, union")
@@ -159,11 +193,13 @@ def _draw_branch_panels(panels, pattern, head):
 def _branch_owners(pattern, head):
   """Returns 1 + the first branch with which a head reads each pair, or 0."""
   return _owners(
-    [
-      masks_lib.branch_mask(pattern, branch, head)
-      for branch in range(len(pattern.branches))
-    ]
+    [_mask(pattern, branch, head) for branch in range(len(pattern.branches))]
   )
+
+
+def _mask(pattern, branch, head):
+  """Returns which pairs a head reads, or of which blocks any."""
+  return masks_lib.branch_mask(pattern, branch, head, _block(pattern))
 
 
 def _owners(masks):
@@ -180,56 +216,72 @@ def _show_owners(axes, pattern, owners, title):
 
 
 def _show(axes, pattern, image, **style):
-  """Draws an (N, N) or (N, N, 3) image of [query, key] with its axes."""
-  n = pattern.length
-  drawn = axes.imshow(image, interpolation="nearest", **style)
+  """Draws an (n, n) or (n, n, 3) image of [query, key] with its axes."""
+  n, block = len(image), _block(pattern)
+  end = n * block - 0.5
+  style |= dict(interpolation="nearest", extent=(-0.5, end, end, -0.5))
+  drawn = axes.imshow(image, **style)
   if pattern.is_causal:
     future = np.zeros((n, n, 4))
     future[np.triu_indices(n, 1)] = mpl_colors.to_rgba(_FUTURE)
-    axes.imshow(future, interpolation="nearest")
+    axes.imshow(
+      future, interpolation=style["interpolation"], extent=style["extent"]
+    )
   if n <= _OUTLINED:
     edges = np.arange(n + 1) - 0.5
     axes.hlines(edges, -0.5, n - 0.5, color="white", linewidth=0.5)
     axes.vlines(edges, -0.5, n - 0.5, color="white", linewidth=0.5)
+  bins = 5 if block == 1 else 3  # their labels are longer
   for axis in (axes.xaxis, axes.yaxis):
-    axis.set_major_locator(ticker.MaxNLocator(5, integer=True, min_n_ticks=1))
+    axis.set_major_locator(
+      ticker.MaxNLocator(bins, integer=True, min_n_ticks=1)
+    )
+    axis.set_major_formatter("{x:,.0f}")
   axes.set(xlabel="key position", ylabel="query position")
-  axes.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5))
+  last = pattern.length - 0.5
+  axes.set(xlim=(-0.5, last), ylim=(last, -0.5))
   axes.spines[:].set_visible(False)
   return drawn
 
 
 def _draw_levels(pattern, levels, label, path):
-  """Draws an integer a pair, -1 for none, with a scale beside it."""
-  side = max(4.7, pattern.length * _CELL)
+  """Draws an integer a cell, -1 for none, with a scale beside it."""
+  low, high = levels[levels >= 0].min(initial=1), levels.max(initial=1)
+  steps = high - low + 1
+  palette = matplotlib.colormaps["viridis_r"].resampled(steps)
+  return _draw_image(
+    pattern,
+    np.ma.masked_less(levels, 0),
+    label,
+    path,
+    ticks=ticker.MaxNLocator(10, integer=True, min_n_ticks=1),
+    cmap=palette.with_extremes(bad=_UNREAD),
+    vmin=low - 0.5,
+    vmax=low + steps - 0.5,
+  )
+
+
+def _draw_image(pattern, image, label, path, *, ticks=None, **style):
+  """Draws a number a cell with a scale beside it."""
+  side = max(4.7, len(image) * _CELL)
   figure = mpl_figure.Figure(
     figsize=(side + 1.7, side + 0.9), layout="constrained"
   )
   axes = figure.add_subplot()
-  low, high = levels[levels >= 0].min(initial=1), levels.max(initial=1)
-  steps = high - low + 1
-  palette = matplotlib.colormaps["viridis_r"].resampled(steps)
-  palette = palette.with_extremes(bad=_UNREAD)
-  drawn = _show(
-    axes,
-    pattern,
-    np.ma.masked_less(levels, 0),
-    cmap=palette,
-    vmin=low - 0.5,
-    vmax=low + steps - 0.5,
-  )
+  drawn = _show(axes, pattern, image, **style)
   scale = figure.colorbar(drawn, ax=axes, label=label, shrink=0.85)
-  scale.locator = ticker.MaxNLocator(10, integer=True, min_n_ticks=1)
-  scale.update_ticks()
-  axes.set_title(_setting(pattern), fontsize=10)
+  if ticks is not None:
+    scale.locator = ticks
+    scale.update_ticks()
+  axes.set_title(_setting(pattern) + _cell_note(pattern), fontsize=10)
   return _finish(figure, path)
 
 
-def _panels(count, length, columns=None):
+def _panels(count, pattern, columns=None):
   """Returns a figure and `count` square axes, at most five in a row."""
   rows = -(-count // (columns or 5))
   columns = columns or -(-count // rows)
-  side = max(2.1, length * _CELL)
+  side = max(2.1, -(-pattern.length // _block(pattern)) * _CELL)
   figure = mpl_figure.Figure(
     figsize=((side + 0.6) * columns, (side + 0.85) * rows + 0.6),
     layout="constrained",
@@ -246,7 +298,7 @@ def _color(index):
 
 def _setting(pattern):
   """Names a setting in one line."""
-  branches = ", ".join(f"({w}, {r})" for w, r in pattern.branches)
+  branches = ", ".join(f"({w:,}, {r:,})" for w, r in pattern.branches)
   heads = "1 head" if pattern.num_heads == 1 else f"{pattern.num_heads} heads"
   return f"(w, r) = {branches}; {heads}"
 
@@ -257,9 +309,16 @@ def _finish(figure, path):
   return figure
 
 
-def _check(pattern):
-  if pattern.length > _LARGEST:
-    raise checked.RefusedError(
-      f"length is {pattern.length}: pictures hold up to {_LARGEST} positions;"
-      " draw a smaller pattern with the same proportions"
-    )
+def _block(pattern):
+  """Returns the positions of a cell's side: 1, or a power of two."""
+  if pattern.length <= _LARGEST:
+    return 1
+  return 1 << (-(-pattern.length // _CELLS) - 1).bit_length()
+
+
+def _cell_note(pattern, meaning=""):
+  """Says what a cell is where it is no pair, and what its colour means."""
+  block = _block(pattern)
+  if block == 1:
+    return ""
+  return f"\na cell is {block:,} x {block:,} positions{meaning}"

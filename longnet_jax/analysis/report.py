@@ -1,14 +1,7 @@
 """A setting in words and numbers: its branches, gaps, cost and reach."""
 
-import numpy as np
-
 from longnet_jax import pattern as pattern_lib
 from longnet_jax.analysis import costs, reach
-
-# Keys followed through the layers, and the length up to which that takes
-# seconds.
-_SAMPLED_KEYS = 64
-_LONGEST_WALK = 1 << 22
 
 
 def describe(
@@ -60,6 +53,60 @@ def summary(
       *_reach_lines(pattern),
     ]
   )
+
+
+def reach_line(
+  pattern: pattern_lib.Pattern, num_layers: int | None = None
+) -> str:
+  """Returns in a line how far heads and layers reach in one window.
+
+  Args:
+    pattern: the setting, as long as the window.
+    num_layers: layers of the model; None: as many as there could be.
+  """
+  longest, length = max(pattern.segment_lengths), pattern.length
+  if longest < length:
+    held = (
+      f"the window of {length:,} is longer than the longest segment, "
+      f"{longest:,}, and no head reads beyond its segment"
+    )
+  else:
+    held = f"the longest segment holds the window of {length:,}"
+  gaps = sum(map(bool, pattern_lib.gaps(pattern)))
+  found = f"gaps in {gaps} of {len(pattern.branches)} branches"
+  shares = reach.estimated_coverage(pattern, num_layers)
+  layers = (
+    "layers connect" if num_layers is None else f"{num_layers} layers connect"
+  )
+  if num_layers == 1:
+    layers = "1 layer connects"
+  parts = [held, found if gaps else "no gaps"]
+  if shares is not None:
+    parts.append(f"{layers} {percent(shares[-1])} of its pairs")
+  return f"reach: {'; '.join(parts)}"
+
+
+def model_reach_line(config, length: int) -> str:
+  """Returns `reach_line` of a decoder at a window, or what stands for it.
+
+  Args:
+    config: a `LongNetConfig`, of any attention.
+    length: positions of the window.
+  """
+  if config.attention == "sparse":
+    return (
+      f"reach: blocks of {config.sparse_block:,} and the last "
+      f"{config.sparse_summary:,} columns of all blocks before"
+    )
+  pattern = pattern_lib.from_config(config, length)
+  return reach_line(pattern, config.num_layers)
+
+
+def percent(share: float) -> str:
+  """0.0314 -> "3.1%"; "0%" of nothing alone, and "100%" of all there is."""
+  if round(share, 9) in (0, 1):
+    return f"{share:.0%}"
+  return f"{min(share, 0.999):.1%}" if share >= 0.001 else "under 0.1%"
 
 
 def _branch_lines(pattern):
@@ -116,17 +163,12 @@ def _cost_lines(pattern, sizes):
 
 
 def _reach_lines(pattern):
-  if pattern.length > _LONGEST_WALK:
-    yield f"reach: not walked beyond {_LONGEST_WALK:,} positions"
+  shares = reach.estimated_coverage(pattern)
+  if shares is None:
+    yield "reach: segments are too long to walk"
     return
-  keys = np.linspace(0, pattern.length - 1, _SAMPLED_KEYS).astype(np.int64)
-  keys = np.unique(keys)
-  who = (
-    "every key" if keys.size == pattern.length else f"{keys.size} spread keys"
-  )
   pairs = "causal pairs" if pattern.is_causal else "pairs"
-  yield f"{pairs} of {who} that are connected"
-  shares = reach.coverage(pattern, sources=keys)
+  yield f"{pairs} that are connected"
   for layer, share in enumerate(shares, start=1):
     yield f"  by {layer:>2} layer{' ' if layer == 1 else 's'} {share:>10.4%}"
   if shares[-1] < 1:

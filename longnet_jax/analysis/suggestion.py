@@ -34,10 +34,12 @@ def suggest(
     that is at most ratio^i
 
   Rates that divide the heads leave no gaps, and each phase is read by equally
-  many heads; but once r stops growing, cost grows with N^2 / H^2. With
-  `allow_gaps` rates go on growing past the heads and cost stays linear in N.
-  w_0 is the one of 4, 5, 6 or 7 times a power of two that costs most within
-  the budget; a budget that pays for dense attention gets it.
+  many heads. Of branches with one rate only the longest is kept, which reads
+  what the others would: so from r = H on there is the whole sequence alone,
+  whose cost grows with N^2 / H^2. With `allow_gaps` rates go on growing past
+  the heads and cost stays linear in N. w_0 is the one of 4, 5, 6 or 7 times a
+  power of two that costs most within the budget; a budget that pays for dense
+  attention gets it.
 
   Args:
     length: positions in the sequence, N.
@@ -98,7 +100,8 @@ def _geometric(length, num_heads, first, ratio, allow_gaps):
       rates.append(growth)
     else:
       rates.append(_largest_divisor(num_heads, growth))
-  return length, num_heads, tuple(widths), tuple(rates)
+  longest = dict(zip(rates, widths, strict=True))  # the last of each rate
+  return length, num_heads, tuple(longest.values()), tuple(longest)
 
 
 def _largest_divisor(number, limit):

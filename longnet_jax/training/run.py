@@ -12,6 +12,7 @@ import optax
 
 from longnet_jax import checked, storage
 from longnet_jax.analysis import costs
+from longnet_jax.analysis import report as analysis_report
 from longnet_jax.data import pipeline, tokenizers
 from longnet_jax.models import attention, transformer
 from longnet_jax.parallel import mesh as mesh_lib
@@ -67,6 +68,12 @@ class Run:
       f"{tokens:,} tokens "
       f"a step in windows of {self.train_source.window}, "
       f"{self.train_source.num_windows:,} windows an epoch{self._idle()}"
+    )
+
+  def describe_reach(self) -> str:
+    """One line on what of a window reaches a position."""
+    return analysis_report.model_reach_line(
+      self.config.model, self.train_source.window
     )
 
   def _idle(self) -> str:

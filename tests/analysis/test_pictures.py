@@ -33,11 +33,58 @@ def test_a_picture_is_written(name, tmp_path):
 
 def test_the_overview_is_written(tmp_path):
   path = tmp_path / "overview.png"
-  figure = pictures.draw_overview(path)
+  figure = analysis.draw_overview(path=path)
   assert len(figure.axes) == 8
   titles = [axes.get_title() for axes in figure.axes]
   assert titles[1] == "head 0, w = 16, r = 2"
   assert mpl_image.imread(path)[..., :3].std() > 0.1
+
+
+def test_the_overview_shows_a_setting():
+  figure = analysis.draw_overview(PATTERN)
+  titles = [axes.get_title() for axes in figure.axes]
+  assert titles == [
+    "head 0, w = 4, r = 1",
+    "head 0, w = 12, r = 3",
+    "head 0, union",
+    "head 1, union",
+    "head 2, union",
+    "all heads, union",
+  ]
+  alone = analysis.draw_overview(analysis.Pattern(8, 1, (8,), (1,)))
+  assert len(alone.axes) == 3
+
+
+def test_a_million_positions_are_drawn_by_blocks(tmp_path):
+  pattern = analysis.Pattern(2**20, 4, (2**14, 2**20), (1, 4))
+  (axes,) = analysis.draw_branches(pattern).axes[:1]
+  shown = np.any(cells(axes) != cells(axes)[-1, 0], axis=-1)
+  np.testing.assert_array_equal(
+    shown, masks.branch_mask(pattern, 0, 0, block=4096)
+  )
+  assert axes.get_xlim() == (-0.5, 2**20 - 0.5)
+  assert (
+    "a cell is 4,096 x 4,096" in analysis.draw_heads(pattern).get_suptitle()
+  )
+  assert len(analysis.draw_overview(pattern).axes) == 6
+  path = tmp_path / "union.png"
+  union = analysis.draw_union(pattern, path).axes[0].images[0].get_array()
+  assert union[-1, 0] == 1 / 4  # four heads, of each a 16th
+  assert mpl_image.imread(path)[..., :3].std() > 0.1
+
+
+def test_the_reach_of_blocks_is_drawn():
+  pattern = analysis.Pattern(1024, 2, (64, 512), (1, 2))
+  layers = analysis.draw_reach(pattern).axes[0].images[0].get_array()
+  np.testing.assert_array_equal(
+    layers.filled(-1), masks.block_layers(pattern, 4)
+  )
+  assert np.all(layers.filled(-1)[128:, :128] == -1)
+  assert 2 in layers.filled(-1)
+
+
+def test_heads_show_the_most_dilated_branch():
+  assert "w = 12, r = 3" in analysis.draw_heads(PATTERN).get_suptitle()
 
 
 def test_panels_show_the_masks():
@@ -85,8 +132,8 @@ def test_a_single_position_has_whole_numbers_on_its_axes():
 
 
 def test_what_cannot_be_drawn_is_refused():
-  with pytest.raises(ValueError, match="length is 4096"):
-    analysis.draw_union(analysis.Pattern(4096, 1, (8,), (1,)))
+  with pytest.raises(ValueError, match="length is 8388608: reach"):
+    analysis.draw_reach(analysis.Pattern(2**23, 1, (8,), (1,)))
   with pytest.raises(ValueError, match="head is 3"):
     analysis.draw_branches(PATTERN, head=3)
   with pytest.raises(ValueError, match="branch is 2"):

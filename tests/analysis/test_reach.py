@@ -56,6 +56,29 @@ def test_more_keys_than_bits_and_repeated_blocks(is_causal):
   assert every[1] == np.sum((hops >= 0) & (hops <= 2))
 
 
+def test_an_estimate_is_exact_where_a_block_is_short_and_close_elsewhere():
+  ragged = analysis.Pattern(203, 3, (10, 30, 6), (1, 5, 2))
+  assert analysis.estimated_coverage(ragged, 4) == pytest.approx(
+    analysis.coverage(ragged, 4)
+  )
+  long = geometric(2**15, 8, 2**11, 4)
+  exact, close = (
+    analysis.coverage(long, 3),
+    analysis.estimated_coverage(long, 3),
+  )
+  assert close != exact
+  assert close == pytest.approx(exact, abs=0.01)
+
+
+def test_an_estimate_walks_blocks_of_a_million_positions_but_not_of_eight():
+  million = analysis.Pattern(2**20, 8, (2**14, 2**20), (1, 8))
+  shares = analysis.estimated_coverage(million, 2)
+  assert 0.12 < shares[0] < 0.15
+  assert 0.99 < shares[1] <= 1
+  eight = analysis.Pattern(2**23, 8, (2**14, 2**23), (1, 8))
+  assert analysis.estimated_coverage(eight) is None
+
+
 @pytest.mark.parametrize("growth", [2, 3, 4])
 @pytest.mark.parametrize("num_heads", [1, 2, 16])
 def test_the_logarithmic_bound_holds(growth, num_heads):

@@ -27,14 +27,46 @@ def test_a_suggestion_keeps_to_its_budget_without_gaps(
     try:
       pattern, cost = analysis.suggest(length, num_heads, budget, ratio=ratio)
     except ValueError:
-      # One head has no rate but 1, so that every setting ends in dense.
-      assert num_heads == 1
+      assert num_heads == 1  # which has no rate but 1: all there is is dense
       continue
     assert cost == analysis.cost(pattern)
     assert cost.forward_flops <= budget
     assert not any(map(len, analysis.gaps(pattern)))
     assert pattern.segment_lengths[-1] == length
     assert all(num_heads % rate == 0 for rate in pattern.dilation_rates)
+
+
+@pytest.mark.parametrize(
+  ("length", "num_heads", "ratio"), [(2**20, 12, 2), (5000, 7, 2), (300, 16, 4)]
+)
+def test_the_cheapest_is_gapless_and_cheaper_than_every_full_series(
+  length, num_heads, ratio
+):
+  with pytest.raises(ValueError, match="cheapest setting") as refused:
+    analysis.suggest(length, num_heads, 1, ratio=ratio)
+  cheapest = float(str(refused.value).partition(" costs ")[2].split(":")[0])
+  found = analysis.suggest(length, num_heads, cheapest * 1.0001, ratio=ratio)
+  assert found.cost.forward_flops == pytest.approx(cheapest, rel=1e-4)
+  assert not any(map(len, analysis.gaps(found.pattern)))
+  assert found.pattern.segment_lengths[-1] == length
+  divisors = [r for r in range(1, num_heads + 1) if num_heads % r == 0]
+  for first in (4, 5, 6, 7, 64, 256):
+    widths = [first]
+    while widths[-1] < length:
+      widths.append(min(widths[-1] * ratio, length))
+    rates = [
+      max(r for r in divisors if r <= ratio**i) for i in range(len(widths))
+    ]
+    series = analysis.Pattern(length, num_heads, widths, rates)
+    assert analysis.cost(series).forward_flops > cheapest
+
+
+def test_the_whole_of_a_million_positions_is_had_for_less():
+  pattern, cost = analysis.suggest(2**20, 12, 1.66e13)
+  assert pattern.branches[-1] == (2**20, 12)
+  assert pattern.dilation_rates == (1, 2, 4, 6, 12)
+  assert pattern.segment_lengths[0] > 1024
+  assert 1.5e13 < cost.forward_flops <= 1.66e13
 
 
 def test_a_generous_budget_buys_dense_attention():

@@ -6,7 +6,7 @@ from absl import flags
 from absl.testing import flagsaver
 import pytest
 
-from experiments import attention_speed, benchmark
+from experiments import attention_speed, benchmark, tables
 from longnet_jax import analysis
 
 SMALL = {
@@ -42,7 +42,16 @@ def test_sweep_writes_figures_that_fit_together(tmp_path, capsys):
     rate = record["useful_flops_per_second"]
     assert rate * record["seconds"] == pytest.approx(work)
     assert record["temporary_bytes"] > 0
-  assert "LongNet" in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert "64  LongNet's reach: the window of 64 is longer than the" in printed
+  ((_, rows),) = tables.benchmark(document)
+  connected = f"{analysis.coverage(pattern)[-1]:.1%}"
+  reaches = {row[:5] for row in rows if row[0] == "64"}
+  assert reaches == {
+    ("64", "forward", "LongNet", "32", connected),
+    ("64", "forward", "dense, blockwise", "64", "100%"),
+    ("64", "forward", "dense, jax.nn", "64", "100%"),
+  }
 
 
 def test_a_core_stops_where_a_run_would_take_too_long(tmp_path, capsys):

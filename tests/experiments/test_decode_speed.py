@@ -1,6 +1,6 @@
 import json
 
-from experiments import attention_speed, decode_speed
+from experiments import attention_speed, decode_speed, tables
 from longnet_jax.models import config as config_lib
 
 
@@ -38,8 +38,13 @@ def test_a_sweep_is_printed_and_written(tmp_path, capsys):
   printed = capsys.readouterr().out
   (path,) = tmp_path.glob("decode_*.json")
   assert path.with_suffix(".png").stat().st_size > 5000
-  records = json.loads(path.read_text())["records"]
+  document = json.loads(path.read_text())
+  records = document["records"]
   assert len(records) == 6
+  assert "64  LongNet's reach: the window of 64 is longer than the" in printed
+  ((_, rows),) = tables.decoding(document)
+  assert [row[1] for row in rows] == ["16", "16"]
+  assert rows[0][2] > rows[1][2]
   for record in records:
     assert f"{record['tokens_per_second']:.1f}" in printed
   cache_bytes = {(r["core"], r["context"]): r["cache_bytes"] for r in records}

@@ -22,10 +22,16 @@ def test_the_tables_have_a_page():
 def test_a_changed_figure_changes_the_table(tmp_path, monkeypatch):
   record = json.loads((report.DOCS / "quickstart.json").read_text())
   record["trigram_bits_per_byte"] = 7.125
+  record["cut_to"] = 256
+  for row in record["positions"]:
+    row |= {"bits_per_byte": 2.0, "cut_bits_per_byte": 2.5}
+    row["context_worth"] = 0.5
   (tmp_path / "quickstart.json").write_text(json.dumps(record))
   monkeypatch.setattr(report, "DOCS", tmp_path)
   text = report.rebuild("<!-- table: quickstart -->\nold\n<!-- end -->")
   assert "| byte trigram | 7.125 |" in text and "old" not in text
+  assert "| the same tokens in windows of 256 | context is worth |" in text
+  assert "| 512 to 1,023 | 2.000 | 2.500 | 0.500 |" in text
 
 
 def test_an_unknown_table_is_refused():

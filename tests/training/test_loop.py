@@ -86,7 +86,9 @@ def test_what_a_run_leaves(straight, tiny_settings):
   )
   assert "validation_bits_per_byte" in records[1]
   assert records[3]["tokens_per_second"] > 0
-  assert "left" in stream.getvalue()
+  said = stream.getvalue()
+  assert "left" in said
+  assert said.count("reach: the longest segment holds the window of") == 1
   assert workdir_lib.loss_picture_path(workdir).stat().st_size > 5000
   assert (workdir / "tokenizer.json").exists()
   model, params = checkpoint.load_checkpoint(workdir)
