@@ -109,6 +109,8 @@ def _train(
     with open_writer(start=start) as writer:
       writer.say(run.describe())
       writer.say(run.describe_reach())
+      if note := run.describe_kernel():
+        writer.say(note)
       if planned := trace.describe(start):
         writer.say(planned)
       with stopping.catch_signals() as caught, _naming_last_good(checkpoints):

@@ -15,6 +15,7 @@ from longnet_jax.analysis import costs
 from longnet_jax.analysis import report as analysis_report
 from longnet_jax.data import pipeline, tokenizers
 from longnet_jax.models import attention, transformer
+from longnet_jax.ops import kernels
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.parallel import sharding
 from longnet_jax.training import config as config_lib
@@ -68,6 +69,17 @@ class Run:
       f"{tokens:,} tokens "
       f"a step in windows of {self.train_source.window}, "
       f"{self.train_source.num_windows:,} windows an epoch{self._idle()}"
+    )
+
+  def describe_kernel(self) -> str | None:
+    """One line where documents keep a GPU from its fastest kernel."""
+    batch = pipeline.abstract_batch(self.config.data, 1)
+    sparse = self.config.model.attention == "sparse"
+    if kernels.platform() != "gpu" or "segment_ids" not in batch or sparse:
+      return None
+    return (
+      "documents of a window are told apart by segment_ids, which cuDNN does "
+      "not see: the portable kernel attends; data.layout='stream' trains on cuDNN"
     )
 
   def describe_reach(self) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from longnet_jax.data import pipeline
+from longnet_jax.ops import kernels
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import loop
 from longnet_jax.training import run as run_lib
@@ -84,6 +85,10 @@ def test_documents_of_a_stream_see_one_another(tiny_settings):
   )
   np.testing.assert_allclose(found, same, rtol=1e-6)
   assert abs(found - cut) > 1e-3
+  with kernels.compiling_for("gpu"):
+    assert run.describe_kernel() is None
+    packed = dataclasses.replace(run, config=config_lib.build(tiny_settings()))
+    assert "data.layout='stream'" in packed.describe_kernel()
 
 
 def test_dropout_differs_by_step_and_repeats_by_seed(tiny_settings):
