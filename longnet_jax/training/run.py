@@ -78,8 +78,8 @@ class Run:
     if kernels.platform() != "gpu" or "segment_ids" not in batch or sparse:
       return None
     return (
-      "documents of a window are told apart by segment_ids, which cuDNN does "
-      "not see: the portable kernel attends; data.layout='stream' trains on cuDNN"
+      "documents of a window are told apart by segment_ids, which cuDNN cannot "
+      "see: the portable kernel attends; data.layout='stream' trains on cuDNN"
     )
 
   def describe_reach(self) -> str:
