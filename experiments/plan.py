@@ -56,22 +56,24 @@ def search(settings: ml_collections.ConfigDict, make) -> dict:
 
   Raises RefusedError where not even one segment of the shortest branch fits.
   """
-  window, best = settings.data.window, None
-  while window <= _LONGEST:
+  window, shortest = settings.data.window, min(settings.model.segment_lengths)
+  record = make(with_window(settings, window))
+  if record["fits"]:
+    while 2 * window <= _LONGEST:
+      window *= 2
+      longer = make(with_window(settings, window))
+      if not longer["fits"]:
+        break
+      record = longer
+    return record
+  while window // 2 >= shortest:
+    window //= 2
     record = make(with_window(settings, window))
     if record["fits"]:
-      best, window = record, 2 * window
-    elif best or window <= min(settings.model.segment_lengths):
-      break
-    else:
-      window //= 2
-      if (smaller := make(with_window(settings, window)))["fits"]:
-        return smaller
-  if not best:
-    raise checked.RefusedError(
-      f"a window of {window} does not fit; use more devices or a smaller model"
-    )
-  return best
+      return record
+  raise checked.RefusedError(
+    f"a window of {window} does not fit; use more devices or a smaller model"
+  )
 
 
 def with_window(

@@ -1,0 +1,102 @@
+"""Plans for TPUs: search, table, refusals; a compiled one is slow."""
+
+import importlib.util
+
+import jax
+from jax.experimental import topologies
+import pytest
+
+from configs import quickstart
+from experiments import plan as command
+from longnet_jax import checked, plan
+from longnet_jax.training import config as config_lib
+
+FOUND = plan.Plan(
+  topology="v5e:2x2",
+  devices=4,
+  fits=True,
+  peak_bytes=3 * 2**30,
+  limit_bytes=16 * 2**30,
+  parameter_bytes=2**30,
+  optimizer_bytes=2**31,
+  model_flops=8 * 10**12,
+  computed_flops=12 * 10**12,
+  collectives={("all-gather", "bf16", 4): 2**21},
+  unknown_loops=1,
+  seconds={"compiler": 0.25, "kernels": 0.05, "links": 0.01, "step": 0.31},
+  share_of_peak=0.4,
+  compile_seconds=100.0,
+)
+
+
+@pytest.mark.parametrize("start", [2048, 8192, 65536])
+def test_the_search_ends_at_the_longest_window_that_fits(start):
+  settings = quickstart.get_config()
+  settings.data.window = start
+  settings.model.position = "rope"
+
+  def make(settings):
+    config = config_lib.build(settings)
+    assert config.model.segment_lengths[-1] >= config.data.window
+    return {"fits": config.data.window <= 8192, "window": config.data.window}
+
+  assert command.search(settings, make)["window"] == 8192
+  with pytest.raises(checked.RefusedError, match="more devices"):
+    command.search(settings, lambda settings: {"fits": False})
+
+
+def test_what_is_printed():
+  text = "\n".join(command.table(FOUND))
+  for part in (
+    "fits: 3.00 GiB of 16.00 GiB a device, 13.00 GiB free",
+    "model 2.0, computed 3.0",
+    "all-gather of bf16 among 4: 2.0 MiB received",
+    "compiler 250, kernels 50, links 10, step 310; 40% of peak",
+    "1 loops are counted once",
+  ):
+    assert part in text
+  refused = FOUND.to_dict() | {
+    "fits": False,
+    "peak_bytes": 17 * 2**30,
+    "collectives": {},
+    "seconds": None,
+  }
+  text = "\n".join(command.table(plan.Plan(**refused)))
+  assert text.startswith("DOES NOT FIT: 17.00 GiB of 16.00 GiB a device, 1.00")
+  assert "estimated" not in text
+
+
+@pytest.mark.parametrize(
+  "error, match",
+  [
+    (RuntimeError("JAX TPU support not installed"), "pip install -e '.*tpu"),
+    (
+      jax.errors.JaxRuntimeError("INVALID_ARGUMENT: bad"),
+      "'x': bad; use .*v5e",
+    ),
+  ],
+)
+def test_refusals(error, match, monkeypatch):
+  def fail(**_):
+    raise error
+
+  monkeypatch.setattr(topologies, "get_topology_desc", fail)
+  with pytest.raises(checked.RefusedError, match=match):
+    plan.find_devices("x")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler"
+)
+def test_a_step_is_compiled_for_a_pod():
+  settings = quickstart.get_config()
+  settings.model.update(num_layers=2, model_dim=128, num_heads=1, ffn_dim=128)
+  settings.mesh.seq = 4
+  settings.data.layout = "stream"
+  with jax.numpy_dtype_promotion("standard"):  # optax needs it
+    found = plan.make(config_lib.build(settings), "v5e:2x2")
+  assert found.fits and 0 < found.peak_bytes < 2**30
+  assert found.seconds["step"] > 0 and 0 < found.share_of_peak < 1
+  kinds = {kind for kind, _, _ in found.collectives}
+  assert "all-gather" in kinds and found.unknown_loops == 0
