@@ -23,7 +23,7 @@ def metrics_path(workdir) -> storage.Path:
 
 
 def read_metrics(workdir) -> list[dict]:
-  """All records of a run in order; a line cut off by a kill is left out.
+  """All records of a run in order; a last line cut off by a kill is left out.
 
   Raises ValueError naming the first line that is no record.
   """
@@ -31,20 +31,30 @@ def read_metrics(workdir) -> list[dict]:
   if not storage.exists(path):
     return []
   records = []
-  for number, line in enumerate(storage.read(path).splitlines(), 1):
+  lines = storage.read(path).split(b"\n")
+  for number, line in enumerate(lines, 1):
     try:
-      record = json.loads(line.decode())
-    except json.JSONDecodeError:
-      continue
-    except UnicodeDecodeError:
+      record = storage.parse_json(line)
+    except ValueError:
       record = None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
+    if not _is_record(record):
+      if number == len(lines):
+        break
       raise checked.RefusedError(
         f"line {number} of {path} is no record of a run; remove the line or "
         "restore the file"
       )
     records.append(record)
   return records
+
+
+def _is_record(found) -> bool:
+  """Whether it is numbers by name, a step among them."""
+  return (
+    isinstance(found, dict)
+    and type(found.get("step")) is int
+    and all(type(value) in (int, float) for value in found.values())
+  )
 
 
 class _File:

@@ -119,3 +119,13 @@ def test_damage_anywhere_is_one_line(tmp_path):
         assert "\n" not in str(error)
         outcomes.add("refused")
   assert outcomes == {"read", "refused"}
+
+
+def test_a_damaged_name_is_no_array_less(tmp_path):
+  path = tmp_path / "a.npz"
+  np.savez(path, w=np.ones(3), x=np.ones(3))
+  data = path.read_bytes()
+  place = data.rindex(b"x.npy")  # in the directory at the end
+  path.write_bytes(data[:place] + b"x.nqy" + data[place + 5 :])
+  with pytest.raises(checked.RefusedError, match="its entry 'x.nqy' is no arr"):
+    npz.read(path)
