@@ -50,7 +50,7 @@ JOBS = {
 _FAULTS = flags.DEFINE_list(
   "faults",
   list(GROUPS),
-  f"any of {', '.join(GROUPS)}, or one such as files/.pth",
+  f"any of {', '.join(GROUPS)}, or one such as files/model.pth",
 )
 _TRIALS = flags.DEFINE_integer(
   "trials", None, "most trials of each fault; the full table by default"

@@ -1,5 +1,6 @@
 """Where the numbers of a run go: a JSONL file, TensorBoard, the terminal."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -62,7 +63,7 @@ class _File:
 
   def __init__(self, path: storage.Path, lines: list[str]):
     storage.write_whole(path, "".join(lines))
-    self._file = path.open("a")
+    self._path, self._file = path, path.open("a")
 
   def add(self, line: str) -> None:
     self._file.write(line)
@@ -70,6 +71,14 @@ class _File:
 
   def flush(self) -> None:
     os.fsync(self._file.fileno())
+    # The file may be none that anybody finds: orbax would make a new folder.
+    with contextlib.suppress(OSError):
+      if os.path.samefile(self._path, self._file.fileno()):
+        return
+    raise storage.StorageError(
+      f"{self._path} was removed or replaced during the run; if its workdir "
+      "was moved, start again there: it goes on from the last checkpoint"
+    )
 
   def close(self) -> None:
     self._file.close()

@@ -61,6 +61,12 @@ def test_refuses_other_files(tmp_path, kind):
     npz.read(path)
 
 
+def test_an_empty_archive_is_refused(tmp_path):
+  np.savez(tmp_path / "a.npz")
+  with pytest.raises(checked.RefusedError, match="it has no arrays"):
+    npz.read(tmp_path / "a.npz")
+
+
 def test_helps_with_the_usual_other_format(tmp_path):
   path = tmp_path / "slide.h5"
   path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(200))
