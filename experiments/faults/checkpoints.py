@@ -16,6 +16,8 @@ from longnet_jax.training import run as run_lib
 from longnet_jax.training import state as state_lib
 from longnet_jax.training import workdir as workdir_lib
 
+_LAST = str(sandbox.STEPS)
+
 
 def run(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
   """Damages one file of the last of two checkpoints, and goes on.
@@ -50,9 +52,6 @@ def run(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
     ]
   finally:
     shutil.rmtree(folder)
-
-
-_LAST = str(sandbox.STEPS)
 
 
 def _with_fallback(made, workdir, states, row):
@@ -98,6 +97,8 @@ def _two_checkpoints(box):
       state = checkpoints.restore(step, made.abstract_state)
       prints = map(state_lib.fingerprint, (state.params, state))
       states.append((step, *prints))
+  for step in steps:  # compiles what all trials compute
+    checkpoint.load_checkpoint(workdir, step=step)
   return source, made, states
 
 

@@ -227,8 +227,29 @@ def run_text(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
     shutil.rmtree(folder)
 
 
+def run_compiled(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
+  """Damages all programs that are kept, or one, and starts a run."""
+  rng = random.Random(seed)
+  fingerprint = box.undisturbed[0]
+  folder = box.fresh("programs")
+  shutil.copytree(box.compiled, folder / "kept")
+  kept = sorted(p for p in (folder / "kept").iterdir() if p.is_file())
+  for path in kept if seed % 2 else [rng.choice(kept)]:
+    path.write_bytes(damage.mutated(path.read_bytes(), rng))
+  process = box.start(folder / "run", compiled=str(folder / "kept"))
+  code, out, err = process.finish(box.patience)
+  row = "file: compiled program"
+  if code is None:
+    return [trial.Trial(row, trial.HANG, err[-300:])]
+  if code:
+    return [trial.of_process(row, code, err, ())]
+  is_right = out.split()[-1] == fingerprint
+  return [trial.Trial(row, trial.UNDISTURBED if is_right else trial.WRONG)]
+
+
 JOBS = {
   **{name: (2000, functools.partial(run, name=name)) for name in KINDS},
   "data": (2000, run_data),
   "text": (2000, run_text),
+  "compiled": (20, run_compiled),
 }

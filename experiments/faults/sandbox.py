@@ -95,17 +95,13 @@ class Sandbox:
     self.config = self.write_config("shared")
     _CONTEXT.set_forkserver_preload([child.__name__])
 
-  def write_config(
-    self, name: str, *, text: pathlib.Path | None = None, steps: int = STEPS
-  ) -> pathlib.Path:
+  def write_config(self, name: str, *, steps: int = STEPS) -> pathlib.Path:
     """A config file whose data is kept in a folder of its own."""
     path = self.folder / f"{name}.py"
-    settings = dict(
-      folder=str(text or self.folder / "text"),
-      cache=str(self.folder / f"{name}-data"),
-      steps=steps,
+    folder, cache = self.folder / "text", self.folder / f"{name}-data"
+    path.write_text(
+      _CONFIG.format(folder=str(folder), cache=str(cache), steps=steps)
     )
-    path.write_text(_CONFIG.format(**settings))
     return path
 
   def start(

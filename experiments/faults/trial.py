@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 import contextlib
+import math
+import os
 import signal
 from typing import Any, NamedTuple
 
@@ -83,13 +85,17 @@ def _is_line(text: str) -> bool:
 
 @contextlib.contextmanager
 def _limited(seconds: int):
-  """Ends the block by an exception after so many seconds."""
+  """Ends the block by an exception after so many seconds.
+
+  More where others wait for the processors, too.
+  """
 
   def ring(*_):
     raise _HangError
 
   before = signal.signal(signal.SIGALRM, ring)
-  signal.alarm(seconds)
+  crowd = max(1.0, os.getloadavg()[0] / os.cpu_count())
+  signal.alarm(math.ceil(seconds * crowd))
   try:
     yield
   finally:
