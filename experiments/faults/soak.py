@@ -13,8 +13,9 @@ from longnet_jax.training import loop
 
 STEPS, EVERY = 5000, 125
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-# What is measured, and by how much an allocator may wander.
-_SLACK = {"resident MiB": 8, "files": 0, "threads": 0, "programs compiled": 0}
+# What is measured, and by how much allocators and pools of threads may wander.
+# TensorStore keeps some 80 KB of its own statistics at each save.
+_SLACK = {"resident MiB": 16, "files": 0, "threads": 4, "programs compiled": 0}
 
 
 def run(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
