@@ -9,6 +9,7 @@ import json
 import pathlib
 import random
 import shutil
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +20,8 @@ from experiments.faults import damage, sandbox, trial
 from longnet_jax import interop
 from longnet_jax.data import corpus, documents, tokenizers
 from longnet_jax.interop import gigapath, golden
+from longnet_jax.training import attempts, metrics
 from longnet_jax.training import config as config_lib
-from longnet_jax.training import metrics
 from longnet_jax.training import workdir as workdir_lib
 
 _GOLDENS = pathlib.Path(__file__).parents[2] / "tests" / "golden"
@@ -88,6 +89,14 @@ def _read_config(path):
   return settings
 
 
+def _read_attempts(path):
+  return attempts.Attempts(path.parent, time.monotonic()).values()
+
+
+def _is_numbers(found, _):
+  return all(isinstance(value, (int, float)) for value in found.values())
+
+
 def _is_config(found, _):
   return config_lib.build(found) is not None
 
@@ -123,6 +132,7 @@ KINDS = {
   "metrics.jsonl": Kind(
     _from_run, lambda path: metrics.read_metrics(path.parent), _is_metrics
   ),
+  "attempts.json": Kind(_from_run, _read_attempts, _is_numbers),
   "config.json": Kind(_from_run, _read_config, _is_config),
   "tokenizer.json": Kind(_from_run, tokenizers.load, _is_tokenizer),
 }

@@ -16,6 +16,7 @@ from longnet_jax.training import tracker as tracker_lib
 
 # Seconds between two times that a bucket gets the records.
 _PATIENCE = 30
+_NUMBERS = (int, float)
 
 
 def metrics_path(workdir) -> storage.Path:
@@ -50,11 +51,14 @@ def read_metrics(workdir) -> list[dict]:
 
 
 def _is_record(found) -> bool:
-  """Whether it is numbers by name, a step among them."""
+  """Whether it is numbers by name, a step among them, and names of hosts."""
   return (
     isinstance(found, dict)
     and type(found.get("step")) is int
-    and all(type(value) in (int, float) for value in found.values())
+    and all(
+      type(value) is str if name.endswith("_host") else type(value) in _NUMBERS
+      for name, value in found.items()
+    )
   )
 
 

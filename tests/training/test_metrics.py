@@ -30,11 +30,12 @@ def test_records_past_the_restored_step_and_torn_lines_go(tmp_path):
   [
     *(b"[1]", b"null", b'{"loss": 1}', b"\xff\xfe", b"", b"[" * 100_000),
     *(b'{"step": 1, "loss": nul', b'{"step": 1, "loss": null}'),
+    *(b'{"step": 1, "loss": "1"}', b'{"step": 1, "slowest_host": 1}'),
   ],
 )
 def test_what_is_no_record_is_named(tmp_path, line):
   path = metrics.metrics_path(tmp_path)
-  path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+  path.write_bytes(b'{"step": 1, "slowest_host": "a"}\n' + line + b"\n")
   with pytest.raises(ValueError, match="line 2 of .*jsonl is no record"):
     metrics.read_metrics(tmp_path)
 
