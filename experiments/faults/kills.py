@@ -40,6 +40,8 @@ def run(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
       process.join(rng.uniform(0, _SPANS[phase]))
       process.kill()
     code, _, err = process.finish(box.patience)
+    if code is None:
+      return [trial.Trial(f"kill -9: {phase}", trial.HANG, err[-300:])]
     if code == -9:
       killed.append(phase)
     if max(sandbox.checkpoints(workdir), default=0) < before:
