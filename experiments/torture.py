@@ -10,6 +10,7 @@ Disks are filled and made read-only only where this process may mount one.
 """
 
 import json
+import math
 import os
 import pathlib
 import shlex
@@ -46,6 +47,9 @@ JOBS = {
   for group, jobs in GROUPS.items()
   for name, job in jobs.items()
 }
+
+# So that a command that is stopped early has tried all faults.
+_SHARES = (0.05, 0.25, 1)
 
 _FAULTS = flags.DEFINE_list(
   "faults",
@@ -120,21 +124,25 @@ def main(_) -> int:
   end = time.monotonic() + 60 * _MINUTES.value
   with tempfile.TemporaryDirectory() as folder:
     box = sandbox.Sandbox(pathlib.Path(folder))
-    for name in names:
-      run(box, name, record, end=end, seed=_SEED.value, trials=_TRIALS.value)
+    for share in _SHARES:
+      for name in names:
+        trials = min(_TRIALS.value or JOBS[name][0], JOBS[name][0])
+        trials = math.ceil(share * trials)
+        run(box, name, record, end=end, seed=_SEED.value, trials=trials)
   record.write()
   print(table(record))
   return 1 if record.failures else 0
 
 
-def run(box, name: str, record: Record, *, end: float, seed=0, trials=None):
+def run(
+  box, name: str, record: Record, *, end: float, trials: int, seed: int = 0
+) -> None:
   """Adds trials of a fault until there are enough, or it is time to end."""
-  full, function = JOBS[name]
-  wanted = full if trials is None else min(trials, full)
+  _, function = JOBS[name]
   saved = time.monotonic()
   while time.monotonic() < end:
     seeds, made = record.tried.get(name, (0, 0))
-    if max(seeds, made) >= wanted:
+    if max(seeds, made) >= trials:
       break
     record.add(name, seed + seeds, function(box, seed + seeds))
     if time.monotonic() > saved + 60:
