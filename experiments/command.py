@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import errno
 import hashlib
+import inspect
 import os
 import pathlib
 import platform
@@ -139,10 +140,11 @@ def _code(error: Exception) -> int:
 
 
 def _quiet_loop(hook):
-  """A hook that leaves out what writes say that nobody waits for any more."""
+  """A hook that leaves out what reads and writes say that were given up."""
 
   def quiet(unraisable):
-    if str(unraisable.exc_value) != "Event loop is closed":
+    is_given_up = inspect.iscoroutine(unraisable.object)
+    if str(unraisable.exc_value) != "Event loop is closed" and not is_given_up:
       hook(unraisable)
 
   return quiet

@@ -95,11 +95,14 @@ def _read(source: storage.Path):
 def _parse_config(text: str | None):
   if text is None:
     return None
-  if not text.lstrip().startswith("{"):
-    text = storage.read(storage.path(text)).decode()
   try:
-    config = json.loads(text)
-  except json.JSONDecodeError as error:
+    if not text.lstrip().startswith("{"):
+      config = storage.read_json(storage.path(text))
+    else:
+      config = storage.parse_json(text)
+  except checked.RefusedError:
+    raise
+  except ValueError as error:
     raise checked.RefusedError(f"--config is no JSON: {error}") from error
   if not isinstance(config, dict):
     raise checked.RefusedError(
@@ -160,7 +163,7 @@ def _records(config: model_config.LongNetConfig, workdir: storage.Path):
     return records
   path = workdir_lib.tokenizer_path(workdir)
   tokenizer.save(path)
-  return records | {"tokenizer": json.loads(storage.read(path))}
+  return records | {"tokenizer": storage.read_json(path)}
 
 
 def _tokenizer(vocab_size: int):

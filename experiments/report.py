@@ -40,6 +40,7 @@ TABLES = {
   "long": (tables.benchmark, "long_cpu"),
   "million": (tables.benchmark, "million_cpu"),
   "quickstart": (tables.quickstart, "quickstart"),
+  "reliability": (tables.reliability, "reliability"),
   "scaling": (parallel_tables.scaling, "parallel"),
   "slide_10k": (tables.slide, "slide_10k_tiles"),
   "slide_100k": (tables.slide, "slide_100k_tiles"),

@@ -3,6 +3,7 @@
 import functools
 
 from experiments import attention_speed, baselines
+from experiments.faults import trial
 from longnet_jax import analysis
 from longnet_jax.analysis import report
 
@@ -148,3 +149,21 @@ def compiled_gpu(record: dict) -> list[tuple]:
   ]
   head = ("tokens", "heads", "", "mode", "kernels", "of them cuDNN's")
   return [(head + ("GB moved", "KB a token", "temporary MiB"), rows)]
+
+
+def reliability(record: dict) -> list[tuple]:
+  """Returns what became of each fault, and what a long run held."""
+  rows = [
+    (row, f"{sum(found.values()):,}")
+    + tuple(f"{found.get(outcome, 0):,}" for outcome in trial.OUTCOMES)
+    for row, found in record["rows"].items()
+    if row not in record["measured"]
+  ]
+  held = [
+    (row, f"{numbers['from']:,g}", f"{numbers['to']:,g}")
+    for row, numbers in record["measured"].items()
+  ]
+  return [
+    (("fault", "trials", *trial.OUTCOMES), rows),
+    (("held by a run of 5,000 steps", "near step 1,000", "at the end"), held),
+  ]

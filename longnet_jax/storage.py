@@ -8,12 +8,14 @@ or not at all.
 from collections.abc import Iterator
 import contextlib
 import importlib.util
+import json
 import os
 import pathlib
 import re
 import secrets
 import shutil
 import tempfile
+from typing import Any
 
 from etils import epath
 
@@ -102,6 +104,19 @@ def read(where: Path) -> bytes:
   """All bytes of a file; FileNotFoundError if there is none."""
   with _asking(where):
     return where.read_bytes()
+
+
+def read_json(where: Path) -> Any:
+  """What a JSON file holds; ValueError says why it holds none."""
+  return parse_json(read(where))
+
+
+def parse_json(text: str | bytes) -> Any:
+  """What a JSON text describes; ValueError says why it is none."""
+  try:
+    return json.loads(text)
+  except RecursionError as error:
+    raise ValueError("it nests too deep") from error
 
 
 @contextlib.contextmanager

@@ -43,3 +43,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     storage.write_whole(path, "new")
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
   assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("text", ["{", "\udcff", "[" * 100_000, "9" * 5000])
+def test_what_is_no_json_is_one_kind_of_error(tmp_path, text):
+  path = tmp_path / "file"
+  path.write_bytes(text.encode(errors="surrogateescape"))
+  with pytest.raises(ValueError):
+    storage.read_json(path)

@@ -120,7 +120,7 @@ def _sync(path: pathlib.Path):
 def _damage(path: pathlib.Path) -> str | None:
   """What is wrong with a folder that `_seal` has left; None if nothing is."""
   try:
-    sums = json.loads((path / _SUMS).read_text())
+    sums = storage.read_json(path / _SUMS)
     for name, identity in sums.items():
       if _identity(path / name) != identity:
         return f"the bytes of {name} have changed"

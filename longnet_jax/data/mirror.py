@@ -33,7 +33,7 @@ def fetch(path: pathlib.Path) -> bool:
   remote = _remote(path)
   if remote is None or not storage.exists(remote / _CONTENTS):
     return False
-  sizes = json.loads(storage.read(remote / _CONTENTS))
+  sizes = storage.read_json(remote / _CONTENTS)
   partial = path.with_name(path.name + ".fetched")
   shutil.rmtree(partial, ignore_errors=True)
   for name, size in sizes.items():

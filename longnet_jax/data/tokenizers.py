@@ -130,7 +130,7 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> BpeTokenizer:
 def load(path: str | os.PathLike) -> Tokenizer:
   """The tokenizer that `save` wrote; ValueError if the file is not one."""
   try:
-    stored = json.loads(storage.read(storage.path(path)))
+    stored = storage.read_json(storage.path(path))
     if stored["tokenizer"] == "bytes":
       return ByteTokenizer()
     return BpeTokenizer(tokenizers.Tokenizer.from_str(stored["model"]))

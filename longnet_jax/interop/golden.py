@@ -7,14 +7,13 @@ and the config may be left out where only outputs are compared.
 
 from collections.abc import Mapping
 import functools
-import json
 import os
 from typing import Any
 
 import jax
 import numpy as np
 
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.interop import npz
 from longnet_jax.interop.tensors import State
 from longnet_jax.models import longvit, slide_encoder, transformer
@@ -33,8 +32,8 @@ def read(
   config = None
   if "config" in arrays:
     try:
-      config = dict(json.loads(str(arrays.pop("config"))))
-    except (TypeError, ValueError, RecursionError) as error:
+      config = dict(storage.parse_json(str(arrays.pop("config"))))
+    except (TypeError, ValueError) as error:
       raise checked.RefusedError(
         f"config in {path} must be a dictionary as JSON: {error}"
       ) from error

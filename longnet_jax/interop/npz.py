@@ -57,10 +57,14 @@ def _arrays(archive, file_size):
   # Entries that overlap would make a small file a large one.
   if sum(entry.compress_size for entry in entries) > file_size:
     raise ValueError("its entries overlap")
+  if not entries:
+    raise ValueError("it has no arrays")
+  for entry in entries:  # NumPy writes no others: its name is damaged
+    if not entry.filename.endswith(".npy"):
+      raise ValueError(f"its entry {entry.filename!r} is no array")
   return {
     entry.filename.removesuffix(".npy"): _array(archive, entry)
     for entry in entries
-    if entry.filename.endswith(".npy")
   }
 
 

@@ -6,7 +6,6 @@ inside their storages.
 """
 
 import functools
-import json
 import math
 import os
 import pathlib
@@ -84,9 +83,9 @@ def read_sharded(
   """
   path = storage.path(path)
   try:
-    files = dict(json.loads(storage.read(path))["weight_map"])
+    files = dict(storage.read_json(path)["weight_map"])
     parts = {str(name): [] for name in files.values()}
-  except (KeyError, TypeError, ValueError, RecursionError) as error:
+  except (KeyError, TypeError, ValueError) as error:
     raise checked.RefusedError(
       f"{path} is no index of weights: it has no dictionary weight_map of names"
       " of tensors and files"

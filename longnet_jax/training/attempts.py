@@ -54,12 +54,12 @@ def _read(path) -> list[dict]:
   if not storage.exists(path):
     return []
   try:
-    found = json.loads(storage.read(path))
+    found = storage.read_json(path)
     return [
       {"began": str(each["began"]), "seconds": float(each["seconds"])}
       for each in found
     ]
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, OverflowError, TypeError, ValueError) as error:
     raise checked.RefusedError(
       f"{path} does not list the starts of a run; remove it, and they are "
       "counted anew"

@@ -16,6 +16,7 @@ Of several processes each writes its part of the arrays and all of them call
 the same methods in the same order.
 """
 
+from collections.abc import Iterable
 import contextlib
 import secrets
 import shutil
@@ -53,6 +54,7 @@ class Checkpoints:
   ):
     self.folder = folder(workdir)
     self._read_only = read_only
+    self._knows_results = False  # by which a save keeps the best
     with checkpoint_error.explained(f"cannot open {self.folder}"):
       self._manager = orbax_items.open_manager(
         self.folder,
@@ -113,13 +115,17 @@ class Checkpoints:
       )
     return found
 
-  def set_aside(self, step: int) -> storage.Path:
-    """Moves a step out of the series; returns where to."""
-    place = self.folder.parent / f"damaged-{step}-{secrets.token_hex(2)}"
+  def set_aside(self, steps: Iterable[int]) -> dict[int, storage.Path]:
+    """Moves steps out of the series; returns where to."""
+    places = {
+      step: self.folder.parent / f"damaged-{step}-{secrets.token_hex(2)}"
+      for step in steps
+    }
     with self._writing():
-      (self.folder / str(step)).rename(place)
+      for step, place in places.items():
+        (self.folder / str(step)).rename(place)
       self._manager.reload()
-    return place
+    return places
 
   def save(
     self,
@@ -143,6 +149,9 @@ class Checkpoints:
     items = orbax_items.to_save(step, arrays, records, validation)
     with self._writing():
       self._manager.wait_until_finished()
+      if not self._knows_results:
+        self._manager.reload()
+        self._knows_results = True
       check_space(self.folder, state)
       self._manager.save(
         step, args=ocp.args.Composite(**items), metrics=validation

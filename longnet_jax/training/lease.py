@@ -134,7 +134,7 @@ def _me() -> dict:
 def _read(path) -> dict | None:
   """The owner on record, or None where nothing readable is there."""
   try:
-    owner = json.loads(storage.read(path))
+    owner = storage.read_json(path)
   except (FileNotFoundError, ValueError):
     return None
   return owner if isinstance(owner, dict) else None

@@ -156,9 +156,9 @@ def restore_or_init(
       damaged[step] = error
   if damaged and not found:
     raise damaged[min(damaged)]
-  for step in damaged:
-    place = checkpoints.set_aside(step)
-    print(f"step {step} cannot be read: moved to {place}", file=sys.stderr)
+  if damaged:
+    for step, place in checkpoints.set_aside(damaged).items():
+      print(f"step {step} cannot be read: moved to {place}", file=sys.stderr)
   return found or (run.init(), 0)
 
 

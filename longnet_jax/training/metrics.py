@@ -1,5 +1,6 @@
 """Where the numbers of a run go: a JSONL file, TensorBoard, the terminal."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ from longnet_jax.training import tracker as tracker_lib
 
 # Seconds between two times that a bucket gets the records.
 _PATIENCE = 30
+_NUMBERS = (int, float)
 
 
 def metrics_path(workdir) -> storage.Path:
@@ -23,7 +25,7 @@ def metrics_path(workdir) -> storage.Path:
 
 
 def read_metrics(workdir) -> list[dict]:
-  """All records of a run in order; a line cut off by a kill is left out.
+  """All records of a run in order; a last line cut off by a kill is left out.
 
   Raises ValueError naming the first line that is no record.
   """
@@ -31,14 +33,15 @@ def read_metrics(workdir) -> list[dict]:
   if not storage.exists(path):
     return []
   records = []
-  for number, line in enumerate(storage.read(path).splitlines(), 1):
+  lines = storage.read(path).split(b"\n")
+  for number, line in enumerate(lines, 1):
     try:
-      record = json.loads(line.decode())
-    except json.JSONDecodeError:
-      continue
-    except UnicodeDecodeError:
+      record = storage.parse_json(line)
+    except ValueError:
       record = None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
+    if not _is_record(record):
+      if number == len(lines):
+        break
       raise checked.RefusedError(
         f"line {number} of {path} is no record of a run; remove the line or "
         "restore the file"
@@ -47,12 +50,24 @@ def read_metrics(workdir) -> list[dict]:
   return records
 
 
+def _is_record(found) -> bool:
+  """Whether it is numbers by name, a step among them, and names of hosts."""
+  return (
+    isinstance(found, dict)
+    and type(found.get("step")) is int
+    and all(
+      type(value) is str if name.endswith("_host") else type(value) in _NUMBERS
+      for name, value in found.items()
+    )
+  )
+
+
 class _File:
   """Lines in a file, there as soon as they are added."""
 
   def __init__(self, path: storage.Path, lines: list[str]):
     storage.write_whole(path, "".join(lines))
-    self._file = path.open("a")
+    self._path, self._file = path, path.open("a")
 
   def add(self, line: str) -> None:
     self._file.write(line)
@@ -60,6 +75,14 @@ class _File:
 
   def flush(self) -> None:
     os.fsync(self._file.fileno())
+    # The file may be none that anybody finds: orbax would make a new folder.
+    with contextlib.suppress(OSError):
+      if os.path.samefile(self._path, self._file.fileno()):
+        return
+    raise storage.StorageError(
+      f"{self._path} was removed or replaced during the run; if its workdir "
+      "was moved, start again there: it goes on from the last checkpoint"
+    )
 
   def close(self) -> None:
     self._file.close()

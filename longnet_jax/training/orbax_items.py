@@ -41,6 +41,8 @@ def open_manager(
     create=not read_only,
     read_only=read_only,
     cleanup_tmp_directories=not read_only,
+    # Else damaged results of one step would keep all from being opened.
+    lightweight_initialize=True,
   )
   handlers = ocp.DefaultCheckpointHandlerRegistry()
   for item in _STATE_ITEMS:

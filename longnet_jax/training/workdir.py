@@ -115,7 +115,7 @@ def write_records(workdir, settings: dict, run: run_lib.Run) -> dict:
     storage.write_whole(config_path(workdir), text)
     run.tokenizer.save(path)
   hosts.wait_for_all("records are written")
-  tokenizer = json.loads(storage.read(path))
+  tokenizer = storage.read_json(path)
   return {"config": settings, "tokenizer": tokenizer, "data": run.fingerprints}
 
 
@@ -128,7 +128,7 @@ def comparable(settings: dict) -> str:
 def _load(path) -> dict:
   advice = "restore it or choose another --workdir"
   try:
-    settings = json.loads(storage.read(path))
+    settings = storage.read_json(path)
   except ValueError as error:
     raise checked.RefusedError(
       f"{path} is not JSON ({error}); {advice}"

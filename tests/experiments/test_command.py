@@ -2,6 +2,7 @@ import functools
 import json
 import pathlib
 import sys
+import types
 
 from absl import flags
 import jax
@@ -48,6 +49,22 @@ def test_what_we_or_the_system_refuse_has_no_traceback(
 def test_an_error_of_a_library_keeps_its_traceback(monkeypatch):
   with pytest.raises(json.JSONDecodeError):
     _run(monkeypatch, lambda _: json.loads("{"))
+
+
+def test_reads_that_were_given_up_say_nothing():
+  async def given_up():
+    raise ValueError("no such array")
+
+  coroutine, said = given_up(), []
+  quiet = command._quiet_loop(lambda unraisable: said.append(unraisable.object))
+  for error, owner in (
+    (ValueError("no such array"), coroutine),
+    (RuntimeError("Event loop is closed"), None),
+    (ValueError("of a finalizer"), "a finalizer"),
+  ):
+    quiet(types.SimpleNamespace(exc_value=error, object=owner))
+  coroutine.close()
+  assert said == ["a finalizer"]
 
 
 @pytest.mark.parametrize(

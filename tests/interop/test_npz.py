@@ -61,6 +61,12 @@ def test_refuses_other_files(tmp_path, kind):
     npz.read(path)
 
 
+def test_an_empty_archive_is_refused(tmp_path):
+  np.savez(tmp_path / "a.npz")
+  with pytest.raises(checked.RefusedError, match="it has no arrays"):
+    npz.read(tmp_path / "a.npz")
+
+
 def test_helps_with_the_usual_other_format(tmp_path):
   path = tmp_path / "slide.h5"
   path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(200))
@@ -119,3 +125,13 @@ def test_damage_anywhere_is_one_line(tmp_path):
         assert "\n" not in str(error)
         outcomes.add("refused")
   assert outcomes == {"read", "refused"}
+
+
+def test_a_damaged_name_is_no_array_less(tmp_path):
+  path = tmp_path / "a.npz"
+  np.savez(path, w=np.ones(3), x=np.ones(3))
+  data = path.read_bytes()
+  place = data.rindex(b"x.npy")  # in the directory at the end
+  path.write_bytes(data[:place] + b"x.nqy" + data[place + 5 :])
+  with pytest.raises(checked.RefusedError, match="its entry 'x.nqy' is no arr"):
+    npz.read(path)

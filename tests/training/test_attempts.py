@@ -59,7 +59,13 @@ def test_a_start_that_never_came_to_a_record_counts(tmp_path, clock):
   assert [entry["seconds"] for entry in entries] == [60, 0, 20]
 
 
-@pytest.mark.parametrize("text", ["{", "3", "[1]", '[{"began": ""}]'])
+@pytest.mark.parametrize(
+  "text",
+  [
+    *("{", "3", "[1]", '[{"began": ""}]', "[" * 100_000),
+    '[{"began": "", "seconds": 1' + "0" * 400 + "}]",
+  ],
+)
 def test_what_is_no_list_of_starts_is_named(tmp_path, text):
   attempts.attempts_path(tmp_path).write_text(text)
   with pytest.raises(

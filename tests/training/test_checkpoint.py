@@ -210,6 +210,25 @@ def test_the_best_is_not_lost_with_its_results(copied):
       checkpoints.find("best")
 
 
+def test_damaged_results_of_one_step_keep_no_other_from_being_read(copied):
+  path = copied / "checkpoints" / "4" / "metrics"
+  shutil.copytree(copied / "checkpoints" / "2" / "metrics", path)
+  (path / "metrics").write_text('{"lo')
+  with checkpoint.Checkpoints(copied, max_to_keep=1) as checkpoints:
+    with pytest.raises(
+      checkpoint.CheckpointError, match="results of .*4: .*--fallback .* step 2"
+    ):
+      checkpoints.metrics(4)
+    checkpoints.restore_params(2)
+    assert checkpoints.set_aside([4])[4].is_dir()
+    assert checkpoints.steps() == [2]
+    # The best of an earlier process is still known.
+    for step in (5, 6):
+      checkpoints.save(step, _state(step), records=_RECORDS)
+  with checkpoint.open_to_read(copied) as checkpoints:
+    assert checkpoints.steps() == [2, 6]
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
   usage = shutil.disk_usage(tmp_path)._replace(free=100)
   monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 
+from longnet_jax import storage
 from longnet_jax.training import curves, metrics
 
 
@@ -24,12 +25,33 @@ def test_records_past_the_restored_step_and_torn_lines_go(tmp_path):
   assert [(r["step"], r["loss"]) for r in got] == [(1, 1.0), (2, 2.0), (3, 0.5)]
 
 
-@pytest.mark.parametrize("line", [b"[1]", b"null", b'{"loss": 1}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+  "line",
+  [
+    *(b"[1]", b"null", b'{"loss": 1}', b"\xff\xfe", b"", b"[" * 100_000),
+    *(b'{"step": 1, "loss": nul', b'{"step": 1, "loss": null}'),
+    *(b'{"step": 1, "loss": "1"}', b'{"step": 1, "slowest_host": 1}'),
+  ],
+)
 def test_what_is_no_record_is_named(tmp_path, line):
   path = metrics.metrics_path(tmp_path)
-  path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+  path.write_bytes(b'{"step": 1, "slowest_host": "a"}\n' + line + b"\n")
   with pytest.raises(ValueError, match="line 2 of .*jsonl is no record"):
     metrics.read_metrics(tmp_path)
+
+
+def test_a_file_that_is_gone_is_said_before_a_save(tmp_path):
+  workdir, moved = tmp_path / "run", tmp_path / "moved"
+  workdir.mkdir()
+  with metrics.Writer(workdir, start=0, total=9, stream=io.StringIO()) as out:
+    out.flush()
+    workdir.rename(moved)
+    with pytest.raises(storage.StorageError, match="was removed or replaced"):
+      out.flush()
+    workdir.mkdir()
+    metrics.metrics_path(workdir).touch()
+    with pytest.raises(storage.StorageError, match="was removed or replaced"):
+      out.flush()
 
 
 def test_plain_lines_in_a_file(tmp_path):
