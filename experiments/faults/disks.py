@@ -52,10 +52,10 @@ def run_read_only(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
   start = lambda: box.start(folder / "run", said=said)
   with _disk(folder, _ROOMY) as remount:
     process = start()
-    process.wait_for(rng.choice((child.STEPS, child.SAVE)), box.patience)
+    process.wait_for(rng.choice((child.STEPS, child.SAVE)))
     process.join(rng.uniform(0, 0.1))
     process.kill()
-    process.finish(0)
+    process.finish()
     remount("ro")
     result = _judge(box, "disk read-only", start())
     return [_after(box, result, lambda: remount("rw"), start)]
@@ -66,7 +66,7 @@ def run_gone(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
   rng = random.Random(seed)
   workdir = box.fresh("gone") / "run"
   process = box.start(workdir)
-  process.wait_for(rng.choice((child.STEPS, child.SAVE)), box.patience)
+  process.wait_for(rng.choice((child.STEPS, child.SAVE)))
   process.join(rng.uniform(0, 0.1))
   shutil.rmtree(workdir, ignore_errors=True)
   result = _judge(box, "folder gone", process)
@@ -75,7 +75,7 @@ def run_gone(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
 
 def _judge(box, row, process) -> trial.Trial:
   """The trial of a process that may be refused, or end undisturbed."""
-  code, out, err = process.finish(box.patience)
+  code, out, err = process.finish()
   if code is None:
     return trial.Trial(row, trial.HANG, err[-300:])
   if code == 0 and out.split()[-1] == box.undisturbed[0]:
@@ -90,7 +90,7 @@ def _after(
   if result.outcome in trial.FAILURES:
     return result
   repair()
-  code, out, err = start().finish(box.patience)
+  code, out, err = start().finish()
   if code or out.split()[-1] != box.undisturbed[0]:
     return result._replace(
       outcome=trial.LOST, said=f"exit {code}: {err[-300:]}"

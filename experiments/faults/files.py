@@ -247,7 +247,7 @@ def run_compiled(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
   for path in kept if seed % 2 else [rng.choice(kept)]:
     path.write_bytes(damage.mutated(path.read_bytes(), rng))
   process = box.start(folder / "run", compiled=str(folder / "kept"))
-  code, out, err = process.finish(box.patience)
+  code, out, err = process.finish()
   row = "file: compiled program"
   if code is None:
     return [trial.Trial(row, trial.HANG, err[-300:])]

@@ -18,7 +18,7 @@ _A_RUN = 10
 def run(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
   """One run, killed up to ten times; each kill is a trial of its phase."""
   rng = random.Random(seed)
-  fingerprint, records, _ = box.undisturbed
+  fingerprint, records = box.undisturbed
   folder = box.fresh("killed")
   workdir = folder / "run"
   # Its data is not built yet, and every other run has nothing compiled.
@@ -33,13 +33,11 @@ def run(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
     before = max(sandbox.checkpoints(workdir), default=0)
     process = box.start(workdir, *flags, **options)
     occurrence = rng.randint(1, 2) if phase in late else 1
-    reached = all(
-      process.wait_for(phase, box.patience) for _ in range(occurrence)
-    )
+    reached = all(process.wait_for(phase) for _ in range(occurrence))
     if reached:
       process.join(rng.uniform(0, _SPANS[phase]))
       process.kill()
-    code, _, err = process.finish(box.patience)
+    code, _, err = process.finish()
     if code is None:
       return [trial.Trial(f"kill -9: {phase}", trial.HANG, err[-300:])]
     if code == -9:
@@ -48,7 +46,7 @@ def run(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
       lost = f"the checkpoint of step {before}"
     if code != -9:
       break
-  code, out, err = box.start(workdir, *flags, **options).finish(box.patience)
+  code, out, err = box.start(workdir, *flags, **options).finish()
   outcome, said = _outcome(code, out, err, fingerprint)
   if outcome == trial.UNDISTURBED:
     if lost or sandbox.records(workdir) != records:

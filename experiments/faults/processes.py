@@ -4,8 +4,11 @@ import functools
 import random
 import signal
 
-from experiments.faults import child, sandbox, trial
+from experiments.faults import child, idle, sandbox, trial
 from longnet_jax.parallel import hosts, liveness
+
+# A process notices in a minute that the other one is frozen.
+_SECONDS = idle.IDLE + liveness.PATIENCE
 
 
 def run_owners(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
@@ -15,17 +18,17 @@ def run_owners(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
   first = box.start(workdir)
   if seed % 3:  # else both come at once
     phase = rng.choice((child.COMPILATION, child.STEPS, child.SAVE))
-    first.wait_for(phase, box.patience)
+    first.wait_for(phase)
     first.send(signal.SIGSTOP)  # or it would be done before
   second = box.start(workdir)
   ends = {}
   if seed % 3:
-    ends["second"] = second.finish(box.patience)
+    ends["second"] = second.finish()
     first.send(signal.SIGCONT)
-    ends["first"] = first.finish(box.patience)
+    ends["first"] = first.finish()
   else:
     for name, process in (("first", first), ("second", second)):
-      ends[name] = process.finish(2 * box.patience)
+      ends[name] = process.finish()
   row = "two runs in one workdir"
   fingerprint = box.undisturbed[0]
   done = [end for end in ends.values() if end[0] == 0]
@@ -57,11 +60,10 @@ class _Pair:
     self.all = [box.start(workdir, *_join(port, number=0))]
     self.all[0].join(late)
     self.all.append(box.start(workdir, *_join(port, number=1)))
-    self._seconds = 2 * box.patience
 
   def finish(self) -> list[tuple]:
     """How both end."""
-    return [process.finish(self._seconds) for process in self.all]
+    return [process.finish(_SECONDS) for process in self.all]
 
 
 @functools.cache
@@ -81,7 +83,7 @@ def run_pair(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
   fingerprint = _undisturbed_pair(box)
   if what == "missing":
     flags = _join(sandbox.free_port(), number=seed % 2, seconds=5)
-    ended = box.start(workdir, *flags).finish(5 + box.patience)
+    ended = box.start(workdir, *flags).finish(5 + idle.IDLE)
     if ended[0] is None:
       return [trial.Trial(row, trial.HANG)]
     return [trial.of_process(row, ended[0], ended[2], (hosts.LOST,))]
@@ -101,14 +103,13 @@ def _disturb(box, workdir, seed, row, *, freezes) -> trial.Trial:
   """Kills or freezes one of a pair; the trial of how the other one ends."""
   rng = random.Random(seed)
   pair = _Pair(box, workdir)
-  pair.all[0].wait_for(rng.choice((child.STEPS, child.SAVE)), box.patience)
+  pair.all[0].wait_for(rng.choice((child.STEPS, child.SAVE)))
   pair.all[0].join(rng.uniform(0, 0.1))
   victim, other = pair.all[seed % 2], pair.all[1 - seed % 2]
   victim.send(signal.SIGSTOP if freezes else signal.SIGKILL)
-  patience = box.patience + liveness.PATIENCE
-  code, _, err = other.finish(patience)
+  code, _, err = other.finish(_SECONDS)
   victim.kill()
-  victim.finish(box.patience)
+  victim.finish()
   if code is None:
     return trial.Trial(row, trial.HANG, err[-300:])
   if code in (0, -signal.SIGABRT) and "Traceback" not in err:

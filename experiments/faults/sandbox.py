@@ -13,9 +13,8 @@ import pathlib
 import random
 import signal
 import socket
-import time
 
-from experiments.faults import child
+from experiments.faults import child, idle
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 STEPS = 60
@@ -66,18 +65,20 @@ class Process:
     with contextlib.suppress(ProcessLookupError):
       os.kill(self._process.pid, number)
 
-  def wait_for(self, phase: str, seconds: float) -> bool:
-    """Whether the process begins a phase before it ends or time is up."""
-    end = time.monotonic() + seconds
+  def wait_for(self, phase: str) -> bool:
+    """Whether the process begins a phase, before it ends or hangs."""
+    watch = idle.Watch(self._process.pid)
     with contextlib.suppress(EOFError):
-      while self.phases.poll(max(0.0, end - time.monotonic())):
-        if self.phases.recv() == phase:
+      while not watch.hangs():
+        if self.phases.poll(1.0) and self.phases.recv() == phase:
           return True
     return False
 
-  def finish(self, seconds: float) -> tuple[int | None, str, str]:
-    """Exit code (None where it had to be killed), stdout and stderr."""
-    self._process.join(seconds)
+  def finish(self, seconds: float = idle.IDLE) -> tuple[int | None, str, str]:
+    """Exit code (None: it hung for so long and was killed), stdout, stderr."""
+    watch = idle.Watch(self._process.pid)
+    while self._process.is_alive() and not watch.hangs(seconds):
+      self._process.join(0.5)
     hangs = self._process.is_alive()
     self._process.kill()
     self._process.join()
@@ -143,19 +144,13 @@ class Sandbox:
     return path
 
   @functools.cached_property
-  def undisturbed(self) -> tuple[str, list, float]:
-    """Fingerprint, records and seconds of the run that nothing disturbs."""
+  def undisturbed(self) -> tuple[str, list]:
+    """Fingerprint and records of the run that nothing disturbs."""
     workdir = self.folder / "undisturbed"
-    began = time.monotonic()
-    code, out, err = self.start(workdir).finish(600)
+    code, out, err = self.start(workdir).finish()
     if code:
       raise RuntimeError(f"the undisturbed run ends with {code}: {err}")
-    return out.split()[-1], records(workdir), time.monotonic() - began
-
-  @property
-  def patience(self) -> float:
-    """Seconds after which a run hangs: 10 more than twice the undisturbed."""
-    return 10 + 2 * self.undisturbed[2]
+    return out.split()[-1], records(workdir)
 
 
 def records(workdir: pathlib.Path) -> list[tuple[int, float]]:

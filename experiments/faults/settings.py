@@ -117,10 +117,10 @@ def start(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
   flag = f"--config.{key}={word}"
   process = box.start(box.fresh("flags") / "run", flag)
   # What begins to train was taken.
-  began = process.wait_for(child.STEPS, box.patience)
+  began = process.wait_for(child.STEPS)
   if began:
     process.kill()
-  code, _, err = process.finish(box.patience)
+  code, _, err = process.finish()
   row = "a setting on the command line"
   said = checked.shown(flag)
   if began:

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from experiments import torture
-from experiments.faults import damage, sandbox, trial
+from experiments.faults import damage, idle, sandbox, trial
 from longnet_jax import checked
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -121,3 +121,23 @@ def test_one_trial_of_everything(tmp_path):
   )
   assert ended.returncode == 0, ended.stdout + ended.stderr
   assert len(json.loads(path.read_text())["rows"]) >= 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "work, hangs", [("time.sleep(99)", True), ("9", False)]
+)
+def test_a_process_hangs_if_it_neither_runs_nor_waits_to(work, hangs):
+  program = f"import time\nprint(flush=True)\nwhile True: {work}"
+  with subprocess.Popen(
+    [sys.executable, "-c", program], stdout=subprocess.PIPE
+  ) as process:
+    process.stdout.readline()
+    watch = idle.Watch(process.pid)
+    found = []
+    for _ in range(60):
+      found.append(watch.hangs(3))
+      time.sleep(0.1)
+    process.kill()
+  assert found[0] is False
+  assert found[-1] is hangs
