@@ -153,12 +153,15 @@ def compiled_gpu(record: dict) -> list[tuple]:
 
 def reliability(record: dict) -> list[tuple]:
   """Returns what became of each fault, and what a long run held."""
+  kind = lambda row: row.partition(":")[0]
+  kinds = list(dict.fromkeys(map(kind, record["rows"])))
   rows = [
     (row, f"{sum(found.values()):,}")
     + tuple(f"{found.get(outcome, 0):,}" for outcome in trial.OUTCOMES)
     for row, found in record["rows"].items()
     if row not in record["measured"]
   ]
+  rows.sort(key=lambda row: kinds.index(kind(row[0])))
   held = [
     (row, f"{numbers['from']:,g}", f"{numbers['to']:,g}")
     for row, numbers in record["measured"].items()

@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 
+from absl import logging
 import jax
 import numpy as np
 
@@ -40,6 +41,7 @@ def run(box: sandbox.Sandbox, seed: int) -> list[trial.Trial]:
 def _train(config: str, workdir: str, compiled: str) -> dict[int, dict]:
   """Trains, and returns what was measured at each record."""
   child.keep_compiled(compiled)
+  logging.set_verbosity(logging.FATAL)  # as commands do
   names = {}
   exec(pathlib.Path(config).read_text(), names)
   settings = names["get_config"]()
