@@ -23,7 +23,13 @@ _WINDOW = 2**30
 
 def get_config() -> config_dict.ConfigDict:
   config = pod_v5p.get_config()
-  config.model.update(sizes.geometric_branches(_WINDOW))
+  # The last factor is 2, not 4: so long is the sequence.
+  branches = sizes.geometric_branches(_WINDOW)
+  config.model.segment_lengths = (*branches["segment_lengths"][:-1], _WINDOW)
+  config.model.dilation_rates = (
+    *branches["dilation_rates"][:-1],
+    _WINDOW // 2048,
+  )
   config.model.max_positions = _WINDOW
   config.data.layout = "stream"
   config.data.window = _WINDOW

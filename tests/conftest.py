@@ -1,5 +1,6 @@
 """Settings that every test shares: eight fake devices, strict promotion."""
 
+import functools
 import os
 
 # Tests compile much and compute little: unoptimised code halves their time.
@@ -13,11 +14,17 @@ os.environ["XLA_FLAGS"] = " ".join(
 # Nothing is compiled before the test, or kept in the user's folders after it.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
+from absl import flags
 import jax
 import jaxtyping
 import pytest
 
 from tests import typechecker  # noqa: F401, the hook finds it by name
+
+# Each command has its flags to itself; tests have several in one process.
+flags.Flag.__init__ = functools.partialmethod(
+  flags.Flag.__init__, allow_override=True
+)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -17,6 +17,8 @@ from longnet_jax import pattern
 from longnet_jax.ops import attention, kernels
 
 PADDINGS = ("mask", "zeros")
+# What `jax.nn.dot_product_attention` takes and dilated attention cannot honour.
+DENSE_MASKS = ("bias", "mask", "query_seq_lengths", "local_window_size")
 
 
 class Settings(NamedTuple):
@@ -115,7 +117,7 @@ def _number(name: str, value: Any) -> float:
   except (TypeError, ValueError):  # a tracer's error is a TypeError
     number = math.nan
   if not math.isfinite(number):
-    raise ValueError(f"{name} is {value!r}; use a finite number, not traced")
+    raise ValueError(f"{name} is {value!r}; use a finite number")
   return number
 
 
@@ -260,7 +262,7 @@ def check_implementation(implementation, axis_name):
 
 
 @contextlib.contextmanager
-def forward_mode_explained():
+def forward_mode_explained(where: str = ""):
   """Says what to do where JAX refuses to differentiate in forward mode."""
   try:
     yield
@@ -268,8 +270,8 @@ def forward_mode_explained():
     if "forward-mode" not in str(error):
       raise
     raise TypeError(
-      f"{error} Use implementation='reference' for forward-mode derivatives of "
-      "dilated attention, or reverse mode (jax.grad, jax.vjp)."
+      f"{error} Use implementation='reference' {where or 'here'} for "
+      "forward-mode derivatives, or reverse mode (jax.grad, jax.vjp)."
     ) from error
 
 

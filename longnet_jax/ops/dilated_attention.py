@@ -10,13 +10,20 @@ which is one softmax over the multiset union of the keys of all branches.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 
 import jax
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from longnet_jax.ops import arguments, mixture, reference, sharded
+from longnet_jax.ops import (
+  arguments,
+  mixture,
+  placement,
+  reference,
+  sharded,
+)
 
 
 def dilated_attention(
@@ -128,7 +135,8 @@ def dilated_attention(
     tensors, settings, key_value_seq_lengths, segment_ids, dropout_key
   )
   if implementation == "reference":
-    out, lse = reference.attend(settings, inputs)
+    run = functools.partial(reference.attend, settings)
+    out, lse = placement.like_query(run, tensors[0], True)(inputs)
     out = out.astype(tensors[0].dtype)
   else:
     layout = axis_name
@@ -138,10 +146,12 @@ def dilated_attention(
       raise ValueError(
         f"axis_name is {axis_name!r}; use the name of one mesh axis, a str"
       )
+    run = functools.partial(
+      mixture.attend, settings, layout, return_residual=return_residual
+    )
     with arguments.forward_mode_explained():
-      out, lse = mixture.attend(
-        settings, layout, inputs, return_residual=return_residual
-      )
+      placed = placement.like_query(run, tensors[0], return_residual)
+      out, lse = placed(inputs)
   if single:
     out, lse = jax.tree.map(lambda x: x[0], (out, lse))
   return (out, lse) if return_residual else out

@@ -39,7 +39,8 @@ def sequence_parallel_attention(
     query: (B, T, N, H), or (T, N, H) as there.
     key: (B, T, K, H).
     value: (B, T, K, H).
-    mesh: the mesh; axes not named below stay with the compiler.
+    mesh: the mesh; axes not named below stay with the compiler, or where axes
+      are explicit as query's type says.
     axis_name: the axis of `mesh` that T is split over.
     batch_axis: the axis that B is split over, if that divides it.
     head_axis: the axis that N and K are split over, if that divides both.
@@ -51,7 +52,8 @@ def sequence_parallel_attention(
     **options: every other argument of `dilated_attention`.
 
   Returns:
-    What `dilated_attention` returns, sharded over `axis_name`.
+    What `dilated_attention` returns, sharded over `axis_name` where its devices
+    divide T.
 
   Raises:
     ValueError: the mesh has no such axis, or as `dilated_attention`.
@@ -68,6 +70,9 @@ def sequence_parallel_attention(
         f"{name} is {axis!r}; use one of the mesh's axes {tuple(mesh.shape)}"
       )
   arguments.check_implementation(implementation, axis_name)
+  arguments.refuse_masks(
+    **{name: options.pop(name, None) for name in arguments.DENSE_MASKS}
+  )
   tensors = [jnp.asarray(x) for x in (query, key, value)]
   tensors, key_value_seq_lengths, segment_ids, single = arguments.as_batch(
     tensors, key_value_seq_lengths, segment_ids
@@ -83,6 +88,10 @@ def sequence_parallel_attention(
     **options,
   )
   batch, length, heads, _ = tensors[0].shape
+  # In a mesh of explicit axes types say how examples and heads are split.
+  spec = jax.typeof(tensors[0]).sharding.spec
+  batch_axis = batch_axis or _other_axis(spec[0], axis_name)
+  head_axis = head_axis or _other_axis(spec[2], axis_name)
   if -length % mesh.shape[axis_name]:
     if settings.padding == "zeros" and not settings.is_causal:
       raise ValueError(
@@ -104,11 +113,16 @@ def sequence_parallel_attention(
   ):
     head_axis = None
   layout = sharded.Layout(axis_name, batch_axis, head_axis)
-  with arguments.forward_mode_explained():
+  with arguments.forward_mode_explained("of dilated_attention"):
     out, lse = _attend(settings, layout, mesh, return_residual, inputs)
   if single:
     out, lse = jax.tree.map(lambda x: x[0], (out, lse))
   return (out, lse) if return_residual else out
+
+
+def _other_axis(name, axis_name):
+  """Returns the one axis that a dimension is split over, if it is another."""
+  return name if isinstance(name, str) and name != axis_name else None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

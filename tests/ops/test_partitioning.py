@@ -72,6 +72,42 @@ def test_no_collective_for_batch_and_heads(name, axis_type):
     np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_every_mask_works_where_axes_are_explicit(name):
+  """Masks may lie anywhere, and so may what the reference computes."""
+  shape, spec = MESHES[name]
+  placing = NamedSharding(make_mesh(shape, AxisType.Explicit), spec)
+  query, key, value = (jax.device_put(x, placing) for x in inputs())
+
+  def attend(query, implementation, **options):
+    return longnet_jax.dilated_attention(
+      query,
+      key,
+      value,
+      segment_lengths=(6, 16),
+      dilation_rates=(4, 3),
+      dropout_rate=0.1,
+      dropout_key=jax.random.key(0),
+      implementation=implementation,
+      **options,
+    )
+
+  @functools.partial(jax.jit, static_argnums=(1, 2))
+  def run(query, implementation, padding):
+    options = {"padding": padding}
+    if padding == "mask":
+      options["segment_ids"] = np.arange(160).reshape(4, 40) // 13
+      options["key_value_seq_lengths"] = [40, 7, 23, 0]
+    loss = lambda query: (attend(query, implementation, **options) ** 2).sum()
+    return jax.value_and_grad(loss)(query)
+
+  for padding in ("mask", "zeros"):
+    (loss, grad), wanted = (run(query, x, padding) for x in (None, "reference"))
+    assert grad.sharding.is_equivalent_to(placing, grad.ndim)
+    np.testing.assert_allclose(loss, wanted[0], rtol=1e-5)
+    np.testing.assert_allclose(grad, wanted[1], atol=1e-5)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_a_flax_layer_over_data_sums_its_gradients_once(axis_type):
   layer = nn.MultiHeadDotProductAttention(
@@ -103,6 +139,19 @@ def test_sequences_over_the_mesh_that_jax_makes_by_default(length, placed):
     *tensors, mesh=mesh, batch_axis="data", head_axis="model", **BRANCHES
   )
   np.testing.assert_allclose(out, wanted, atol=1e-5)
+
+
+def test_examples_stay_where_their_type_says():
+  mesh = jax.make_mesh((2, 2), ("data", "seq"), devices=jax.devices()[:4])
+  placing = NamedSharding(mesh, P("data", "seq"))
+  tensors = [jax.device_put(x, placing) for x in inputs()]
+  attend = functools.partial(
+    longnet_jax.sequence_parallel_attention, mesh=mesh, bias=None, **BRANCHES
+  )
+  step = jax.jit(attend).lower(*tensors).compile()
+  assert step.output_shardings.is_equivalent_to(placing, 4)
+  sizes = re.findall(r"replica_groups=\S+", step.as_text())
+  assert sizes and all("0,1" in x or "[2,2]" in x for x in sizes)
 
 
 @pytest.mark.slow

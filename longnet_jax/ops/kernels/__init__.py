@@ -147,7 +147,7 @@ def _either(fast, other, which):
     why = fast.supports(query, key, mask, *terms[-1:])
     if why:
       return bound(other(why))(*inputs)
-    found = jax.custom_jvp(_placed(bound(fast), which, query, key))
+    found = jax.custom_jvp(bound(fast))
 
     @found.defjvp
     def _(primals, tangents):
@@ -159,25 +159,6 @@ def _either(fast, other, which):
     return found(*inputs)
 
   return run
-
-
-def _placed(run, which, query, key):
-  """Leaves it to the compiler, under explicit axes, where results lie.
-
-  Libraries tell it how their calls are split, JAX's types know nothing of it.
-  """
-  sharding = jax.sharding
-  rows, key_rows = (jax.typeof(x).sharding for x in (query, key))
-  axes = zip(rows.mesh.axis_names, rows.mesh.axis_types, strict=True)
-  explicit = tuple(x for x, kind in axes if kind == sharding.AxisType.Explicit)
-  if not explicit:
-    return run
-  of_lse = sharding.PartitionSpec(*rows.spec[:4])
-  results = {
-    "forward": (rows, sharding.NamedSharding(rows.mesh, of_lse)),
-    "backward": (rows, key_rows, key_rows),
-  }
-  return sharding.auto_axes(run, axes=explicit, out_sharding=results[which])
 
 
 _PLATFORM = contextvars.ContextVar("platform", default=None)
