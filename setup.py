@@ -10,6 +10,9 @@ setuptools.setup(
   packages=setuptools.find_packages(
     include=["longnet_jax*", "experiments*", "configs*"]
   ),
+  # An editable install is then this folder on the path, found also from above a
+  # clone named longnet_jax, which would be taken for a package without files.
+  package_dir={"": "."},
   python_requires=">=3.11",
   classifiers=[
     f"Programming Language :: Python :: {version}"

@@ -88,8 +88,9 @@ def measure(
   names: Sequence[str],
   mode: str,
   repeats: int,
+  say: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:
-  """Measures some cores at one length; a record each.
+  """Measures some cores at one length; a record each. `say` gets what it does.
 
   A core that does not fit into memory gets a record with `skipped`, the
   reason, in place of the times.
@@ -99,6 +100,7 @@ def measure(
   for name, core in cores(setting, length).items():
     if name not in names:
       continue
+    say(f"{mode}, {length:,}: compiling {name}")
     records.append({"core": name, "length": length, "mode": mode})
     try:
       compiled[name] = _compile(core, shape, setting.dtype, mode, records[-1])
@@ -116,6 +118,7 @@ def measure(
   rates = []
   for repeat in range(repeats + 1):  # the first warms up
     for name, run in compiled.items():
+      say(f"{mode}, {length:,}: run {repeat} of {repeats}, {name}")
       rate = 2 * _MATMUL**3 / _seconds(matmul)
       seconds = _seconds(functools.partial(run, *tensors))
       if repeat:

@@ -13,7 +13,7 @@ from longnet_jax.training import config as config_lib
 from longnet_jax.training import state as state_lib
 
 LABELS = {"dilated": "LongNet", "dense": "dense", "sparse": "sparse"}
-_CURVES = ("step", "loss", "validation_bits_per_byte")
+_CURVES = ("step", "bits_per_byte", "validation_bits_per_byte")
 
 
 def variants(

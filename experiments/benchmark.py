@@ -1,8 +1,9 @@
 """Speed and memory: python -m experiments.benchmark [--mode=decode].
 
 Sweeps the length, forward and forward+backward, LongNet beside dense attention
-in one process, and writes DIR/NAME_BACKEND.json and .png. A core leaves
-the sweep where memory ends or where one run would pass --max_seconds, and the
+in one process, and writes DIR/NAME_BACKEND.json and .png, anew after each
+length, so that they hold what was measured whenever it ends. A core leaves the
+sweep where memory ends or where one run would pass --max_seconds, and the
 table says so. --mode=decode measures a decoding step instead, against the
 context that was read, and writes DIR/decode_BACKEND.json and .png.
 """
@@ -12,8 +13,14 @@ import pathlib
 
 from absl import flags
 
-from experiments import attention_speed, command, decode_speed, hardware
-from longnet_jax import analysis, checked
+from experiments import (
+  attention_speed,
+  command,
+  decode_speed,
+  hardware,
+  progress,
+)
+from longnet_jax import analysis, checked, storage
 
 _LENGTHS = flags.DEFINE_list(
   "lengths", ["2048", "4096", "8192", "16384", "32768"], "lengths in tokens"
@@ -85,24 +92,25 @@ def main(_) -> None:
       out=out,
     )
     return
-  records = [
-    r for mode in _PASSES.value for r in _sweep(setting, lengths, mode)
-  ]
   measured_on = hardware.describe()
   stem = out / f"{_NAME.value}_{measured_on['backend']}"
   document = {
     "command": command.line(),
     "hardware": measured_on,
     "setting": vars(setting),
-    "records": records,
+    "records": [],
   }
-  stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-  attention_speed.draw(document, stem.with_suffix(".png"))
+  for mode in _PASSES.value:
+    for found in _sweep(setting, lengths, mode):
+      document["records"] += command.rounded(found)
+      text = json.dumps(document, indent=1) + "\n"
+      storage.write_whole(stem.with_suffix(".json"), text)
+      attention_speed.draw(document, stem.with_suffix(".png"))
   print(f"wrote {stem}.json and {stem}.png")
 
 
 def _sweep(setting, lengths, mode):
-  """Returns the records of one mode, printing each as it comes."""
+  """Yields the records of one mode, length by length, and prints them."""
   print(f"\n{mode}, {setting.num_heads} heads of {setting.head_dim}, ", end="")
   print(f"{setting.dtype}, {'causal' if setting.is_causal else 'full'}")
   print(
@@ -110,17 +118,24 @@ def _sweep(setting, lengths, mode):
     f"{'GFLOP/s':>9}{'of matmul':>11}{'of peak':>9}{'temp KB/token':>15}"
   )
   cores = attention_speed.cores(setting, 1) if _DENSE.value else ("LongNet",)
-  records, expected = [], dict.fromkeys(cores, 0.0)
+  expected = dict.fromkeys(cores, 0.0)
+  shown = progress.Progress()
   for length in lengths:
     print(
       f"{length:>9}  LongNet's {analysis.reach_line(setting.pattern(length))}"
     )
     names = [n for n, s in expected.items() if s <= _MAX_SECONDS.value]
-    for record in attention_speed.measure(
-      setting, length, names=names, mode=mode, repeats=_REPEATS.value
-    ):
+    found = attention_speed.measure(
+      setting,
+      length,
+      names=names,
+      mode=mode,
+      repeats=_REPEATS.value,
+      say=shown.show,
+    )
+    shown.clear()
+    for record in found:
       print(_line(record, setting.batch), flush=True)
-      records.append(record)
       if "skipped" in record:
         expected.pop(record["core"])
         continue
@@ -134,7 +149,7 @@ def _sweep(setting, lengths, mode):
         f"{'':>9}  {name:<17}stops here: the next length would take "
         f"{expected.pop(name):.0f} s a run (--max_seconds)"
       )
-  return records
+    yield found
 
 
 def _line(record, batch):

@@ -3,7 +3,8 @@
   python -m experiments.check_parallel
   python -m experiments.check_parallel --topology=v5e:4x4
 
-The first writes docs/parallel.json: `errors`, case x mesh -> the largest
+The first writes runs/parallel/parallel.json, anew after each case, so that it
+holds what was found whenever it ends: `errors`, case x mesh -> the largest
 relative error of attention and of a whole model's loss and gradients; `bytes`,
 what each collective of an attention layer brings to a device, by formula and
 in the compiled program; `scaling`, the same with the compilation's CPU seconds
@@ -11,6 +12,7 @@ at fixed tokens a device. The second compiles layers of real size for a TPU pod
 and writes their `bytes`; it needs libtpu, but no TPU.
 """
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -21,12 +23,14 @@ from absl import flags
 import jax
 from jax.experimental import topologies
 
-from experiments import command, communication, equality, hardware
-from longnet_jax import checked
+from experiments import command, communication, equality, hardware, progress
+from longnet_jax import checked, storage
 from longnet_jax.parallel import mesh as mesh_lib
 
 _OUTPUT = flags.DEFINE_string(
-  "output", None, "where to write; by default docs/parallel[_TOPOLOGY].json"
+  "output",
+  None,
+  "where to write; by default runs/parallel/parallel[_TOPOLOGY].json",
 )
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "a TPU pod to compile for, such as v5e:4x4 or v5p:2x2x4"
@@ -53,62 +57,87 @@ _POD_SHARD = 2048
 
 def main(_) -> None:
   """Builds the tables and writes them."""
-  if _TOPOLOGY.value:
-    name, found = _TOPOLOGY.value, _pod(_TOPOLOGY.value)
-    output = f"docs/parallel_{name.partition(':')[0]}.json"
-  else:
-    output, found = "docs/parallel.json", _fake_devices()
-  record = {
-    "command": command.line(),
-    "hardware": hardware.describe(),
-    **found,
-  }
-  output = pathlib.Path(_OUTPUT.value or output)
-  output.write_text(json.dumps(record, indent=1) + "\n")
+  topology = _TOPOLOGY.value
+  name = f"parallel_{topology.partition(':')[0]}" if topology else "parallel"
+  output = pathlib.Path(_OUTPUT.value or f"runs/parallel/{name}.json")
+  output.parent.mkdir(parents=True, exist_ok=True)
+  shown = progress.Progress()
+  record = {}
+  for found in _pod(topology, shown) if topology else _fake_devices(shown):
+    shown.clear()
+    # Once devices are set up, which asking for them would prevent.
+    record = record or {
+      "command": command.line(),
+      "hardware": hardware.describe(),
+    }
+    record |= command.rounded(found)
+    storage.write_whole(output, json.dumps(record, indent=1) + "\n")
   print(f"wrote {output}")
 
 
-def _fake_devices():
-  """Returns the tables for eight fake devices."""
+def _fake_devices(shown):
+  """Yields the tables for eight fake devices as they grow."""
   # Most of the time is compilation; unoptimised code halves it.
   extra = " --xla_backend_optimization_level=0"
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + extra
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 8)
-  scaling = [_scaled(devices) for devices in (1, 2, 4, 8)]
-  layers = [_measured(layer) for layer in LAYERS]
-  errors = {}
+  scaling, layers, errors = [], [], {}
+  for devices in (1, 2, 4, 8):
+    scaling.append(_scaled(devices, shown))
+    yield {"scaling": scaling}
+  for layer in LAYERS:
+    layers.append(_measured(layer, shown))
+    yield {"bytes": layers}
   for case, is_causal in itertools.product(equality.CASES, (True, False)):
-    kind = "causal" if is_causal else "bidirectional"
-    errors[f"{case}, {kind}"] = {
-      _name(sizes): equality.attention_error(
-        case, is_causal, mesh_lib.make_mesh(*sizes)
-      )
-      for sizes in ATTENTION_MESHES
-    }
-    print(case, kind, errors[f"{case}, {kind}"], flush=True)
+    name = f"{case}, {'causal' if is_causal else 'bidirectional'}"
+    errors[name] = _errors(
+      name,
+      ATTENTION_MESHES,
+      functools.partial(equality.attention_error, case, is_causal),
+      shown,
+    )
+    yield {"errors": errors}
   for core in ("dilated", "sparse"):
+    shown.show(f"model, {core} on one device")
     wanted = equality.model_loss(core, mesh_lib.make_mesh())
-    errors[f"model, {core}"] = {
-      _name(sizes): equality.largest_error(
-        equality.model_loss(core, mesh_lib.make_mesh(*sizes)), wanted
-      )
-      for sizes in MODEL_MESHES
-    }
-    print(core, errors[f"model, {core}"], flush=True)
-  return {"scaling": scaling, "bytes": layers, "errors": errors}
+    errors[f"model, {core}"] = _errors(
+      f"model, {core}",
+      MODEL_MESHES,
+      lambda mesh, core=core, wanted=wanted: equality.largest_error(
+        equality.model_loss(core, mesh), wanted
+      ),
+      shown,
+    )
+    yield {"errors": errors}
 
 
-def _name(sizes):
-  return " x ".join(map(str, sizes))
+def _errors(name, meshes, error, shown):
+  """Returns mesh -> error of one case, and prints them."""
+  found = {}
+  for sizes in meshes:
+    mesh = " x ".join(map(str, sizes))
+    shown.show(f"{name} on {mesh}")
+    found[mesh] = error(mesh_lib.make_mesh(*sizes))
+  shown.clear()
+  listed = ", ".join(f"{mesh}: {value:.1e}" for mesh, value in found.items())
+  print(f"{name}: {listed}", flush=True)
+  return found
 
 
-def _measured(layer, devices=None):
+def _measured(layer, shown, devices=None):
   """Returns a layer and the rows of its table."""
+  shown.show(f"compiling {layer.length:,} tokens on {layer.devices} devices")
   compiled = communication.compile_layer(layer, devices)
   rows = communication.table(layer, compiled)
+  shown.clear()
   for row in rows:
-    print(row, flush=True)
+    print(
+      f"{row['pass']:<9}{row['kind']:<15}{row['dtype']:<5}groups of "
+      f"{row['group']}: {row['measured']:,} bytes, by formula "
+      f"{row['formula']:,}",
+      flush=True,
+    )
   return {
     **layer._asdict(),
     "rows": rows,
@@ -116,7 +145,7 @@ def _measured(layer, devices=None):
   }
 
 
-def _scaled(devices):
+def _scaled(devices, shown):
   """Returns the table with one branch inside a shard, of two shards, of all."""
   length = SHARD * devices
   branches = [(SHARD, 1)]
@@ -124,11 +153,11 @@ def _scaled(devices):
     branches.append((2 * SHARD, 2))
   if devices > 2:
     branches.append((length, devices))
-  return _measured(communication.Layer(length, devices, tuple(branches)))
+  return _measured(communication.Layer(length, devices, tuple(branches)), shown)
 
 
-def _pod(topology):
-  """Returns the tables for layers of real size on a pod."""
+def _pod(topology, shown):
+  """Yields the tables for layers of real size on a pod."""
   if importlib.util.find_spec("libtpu") is None:
     raise checked.RefusedError(
       f"--topology={topology} needs the TPU compiler: pip install 'jax[tpu]'"
@@ -145,17 +174,17 @@ def _pod(topology):
     ) from error
   length = _POD_SHARD * len(devices)
   branches = ((2048, 1), (4 * 2048, 4), (length, len(devices)))
-  layers = [
-    communication.Layer(
+  layers = []
+  for heads, width in ((6, 128), (12, 64)):
+    layer = communication.Layer(
       length, len(devices), branches, heads, width, "bfloat16"
     )
-    for heads, width in ((6, 128), (12, 64))
-  ]
-  return {
-    "topology": topology,
-    "device": devices[0].device_kind,
-    "bytes": [_measured(layer, devices) for layer in layers],
-  }
+    layers.append(_measured(layer, shown, devices))
+    yield {
+      "topology": topology,
+      "device": devices[0].device_kind,
+      "bytes": layers,
+    }
 
 
 if __name__ == "__main__":

@@ -32,8 +32,12 @@ from ml_collections import config_flags
 
 from longnet_jax import checked, storage
 from longnet_jax.parallel import hosts
+from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.training import checkpoint, report
 from longnet_jax.training import config as config_lib
+
+# What is defined here belongs to the command that asks for it, in its --help.
+flags.disclaim_key_flags()
 
 REFUSED, DIVERGED, STORAGE = 1, 3, 4
 _CODES = {
@@ -223,6 +227,35 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     return config_flags.DEFINE_config_file(
       "config", default, "settings of the experiment, a file in configs/"
     )
+
+
+def define_mesh(*axes: str) -> Callable[[], jax.sharding.Mesh]:
+  """The flags --AXIS=DEVICES and --fake_devices; returns what makes a mesh."""
+  shared = {"data": "windows", "seq": "positions", "model": "heads"}
+  for axis in axes:
+    flags.DEFINE_integer(
+      axis, 1, f"devices that share the {shared[axis]}", lower_bound=1
+    )
+  flags.DEFINE_integer(
+    "fake_devices", None, "CPU devices, to try a mesh out", lower_bound=1
+  )
+
+  def make():
+    given = flags.FLAGS
+    if given.fake_devices:
+      hosts.start(num_processes=1, fake_devices=given.fake_devices)
+    return mesh_lib.make_mesh(**{axis: given[axis].value for axis in axes})
+
+  return make
+
+
+def rounded(value):
+  """JSON-ready values with five significant digits of each float."""
+  if isinstance(value, dict):
+    return {key: rounded(each) for key, each in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [rounded(each) for each in value]
+  return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def which_checkpoint(text: str) -> int | str:

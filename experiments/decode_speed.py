@@ -21,8 +21,8 @@ import jax
 from jax import numpy as jnp
 from matplotlib import figure as mpl_figure
 
-from experiments import attention_speed, command, hardware
-from longnet_jax import analysis
+from experiments import attention_speed, command, hardware, progress
+from longnet_jax import analysis, storage
 from longnet_jax.inference import cache as cache_lib
 from longnet_jax.inference import decode
 from longnet_jax.models import config as config_lib
@@ -69,12 +69,6 @@ def run(
   print(f"\n{title}\n{'context':>10}  {'core':<9}{'ms/step':>10}", end="")
   print(f"{'tokens/s':>10}{'cache MiB':>12}")
   records = []
-  for context in contexts:
-    reach = analysis.reach_line(setting.pattern(context), num_layers)
-    print(f"{context:>10}  LongNet's {reach}", flush=True)
-    found = measure(config, [context], batch=setting.batch, repeats=repeats)
-    print("\n".join(map(_line, found)), flush=True)
-    records += found
   measured_on = hardware.describe()
   stem = out / f"decode_{measured_on['backend']}"
   document = {
@@ -84,8 +78,18 @@ def run(
     "setting": vars(setting) | {"num_layers": num_layers},
     "records": records,
   }
-  stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-  draw(records, stem.with_suffix(".png"), title)
+  shown = progress.Progress()
+  for context in contexts:
+    reach = analysis.reach_line(setting.pattern(context), num_layers)
+    print(f"{context:>10}  LongNet's {reach}", flush=True)
+    shown.show(f"context {context:,}: compiling and timing")
+    found = measure(config, [context], batch=setting.batch, repeats=repeats)
+    shown.clear()
+    print("\n".join(map(_line, found)), flush=True)
+    records += command.rounded(found)
+    text = json.dumps(document, indent=1) + "\n"
+    storage.write_whole(stem.with_suffix(".json"), text)
+    draw(records, stem.with_suffix(".png"), title)
   print(f"wrote {stem}.json and {stem}.png")
 
 

@@ -14,9 +14,7 @@ import numpy as np
 
 from experiments import command
 from longnet_jax import checked, storage
-from longnet_jax.data import tokenizers
 from longnet_jax.inference import sample
-from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.training import checkpoint
 from longnet_jax.training import workdir as workdir_lib
 
@@ -36,12 +34,7 @@ _TOP_P = flags.DEFINE_float(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 _CHUNK = flags.DEFINE_integer("chunk", 512, "prompt tokens computed at once")
-_SEQ = flags.DEFINE_integer(
-  "seq", 1, "devices that share the prompt's positions", lower_bound=1
-)
-_MODEL = flags.DEFINE_integer(
-  "model", 1, "devices that share the heads", lower_bound=1
-)
+_MAKE_MESH = command.define_mesh("seq", "model")
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "latest", "latest, best (by validation) or a step"
 )
@@ -54,11 +47,11 @@ def main(_) -> None:
       "--workdir is missing; give the folder of a training run"
     )
   text = _read_prompt()
-  settings = workdir_lib.read_config(_WORKDIR.value)
-  tokenizer = tokenizers.load(workdir_lib.tokenizer_path(_WORKDIR.value))
-  config, params = checkpoint.load_checkpoint(
-    _WORKDIR.value, step=command.which_checkpoint(_CHECKPOINT.value)
-  )
+  mesh = _MAKE_MESH()
+  which = {"step": command.which_checkpoint(_CHECKPOINT.value)}
+  settings = workdir_lib.read_config(_WORKDIR.value, **which)
+  tokenizer = workdir_lib.load_tokenizer(_WORKDIR.value, **which)
+  config, params = checkpoint.load_checkpoint(_WORKDIR.value, **which)
   # A document begins with the separator in training as well.
   prompt = np.concatenate([[tokenizer.separator_id], tokenizer.encode(text)])
   _warn(f"prompt: {len(prompt):,} tokens")
@@ -68,9 +61,6 @@ def main(_) -> None:
       " that the model was trained on at a time"
     )
   new_tokens = _room(config, len(prompt), _MAX_NEW_TOKENS.value)
-  mesh = None
-  if _SEQ.value * _MODEL.value > 1:
-    mesh = mesh_lib.make_mesh(seq=_SEQ.value, model=_MODEL.value)
   write = _writer(tokenizer)
   start = time.perf_counter()
   (found,) = sample.generate(
@@ -85,7 +75,7 @@ def main(_) -> None:
     seed=_SEED.value,
     callback=(lambda _, token: write([token])) if _STREAM.value else None,
     chunk=_CHUNK.value,
-    mesh=mesh,
+    mesh=mesh if mesh.size > 1 else None,
   )
   seconds = time.perf_counter() - start
   if not _STREAM.value:

@@ -31,6 +31,11 @@ _CONVERT = {
   "longvit": interop.longvit.convert,
   "torchscale": interop.torchscale.convert,
 }
+_SYNTAX = (
+  "give the model's keyword dictionary, such as"
+  """ --config='{"decoder_attention_heads": 12, "segment_length": "[2048]"}',"""
+  " or --config=FILE.json"
+)
 _KIND = flags.DEFINE_enum("kind", None, sorted(_CONVERT), "whose weights")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder to write into")
 _CONFIG = flags.DEFINE_string("config", None, "JSON or the path of a JSON file")
@@ -103,10 +108,12 @@ def _parse_config(text: str | None):
   except checked.RefusedError:
     raise
   except ValueError as error:
-    raise checked.RefusedError(f"--config is no JSON: {error}") from error
+    raise checked.RefusedError(
+      f"--config is no JSON: {error}; {_SYNTAX}"
+    ) from error
   if not isinstance(config, dict):
     raise checked.RefusedError(
-      f"--config must be a dictionary, got {checked.shown(config)}"
+      f"--config must be a dictionary, got {checked.shown(config)}; {_SYNTAX}"
     )
   return config
 
@@ -115,8 +122,7 @@ def _convert(state, config):
   if _KIND.value == "torchscale" and config is None:
     raise checked.RefusedError(
       "--config is missing: tensors of torchscale do not tell the number of"
-      " heads nor the branches; give its keyword dictionary, such as"
-      ' \'{"decoder_attention_heads": 12, "segment_length": "[2048]", ...}\''
+      f" heads nor the branches; {_SYNTAX}"
     )
   return _CONVERT[_KIND.value](state, config)
 

@@ -13,6 +13,8 @@ A TPU pod and SLURM (srun) need nothing else; elsewhere each process gets
 all; when one dies the others end, too.
 """
 
+import sys
+
 from absl import flags
 
 from experiments import command
@@ -65,7 +67,8 @@ def main(_) -> int:
         "--config without --workdir; add --workdir=runs/NAME"
       )
     workdir = "runs/quickstart"
-    print(f"no flags: {_QUICKSTART} into {workdir}", flush=True)
+    given = "no --workdir" if sys.argv[1:] else "no flags"
+    print(f"{given}: {_QUICKSTART} into {workdir}", flush=True)
   config = config_lib.build(_CONFIG.value)
   hosts.start(
     _COORDINATOR.value,

@@ -32,6 +32,7 @@ _PUBLIC = {
   "dilated_attention": "ops.dilated_attention",
   "generate": "inference.sample",
   "load_checkpoint": "training.checkpoint",
+  "load_tokenizer": "training.workdir",
   "prefill": "inference.prefill",
   "sequence_parallel_attention": "parallel.sequence",
 }

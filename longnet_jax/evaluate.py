@@ -6,17 +6,19 @@ than short ones; so by position each token is scored twice, in the longest
 windows and in the shortest, and the difference is what context is worth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 
+import jax
 import numpy as np
 
 from longnet_jax import checked, pattern, scores
 from longnet_jax.data import config as data_config
 from longnet_jax.data import corpus, ngram, pipeline, tokenizers
+from longnet_jax.models import attention, transformer
 from longnet_jax.models import config as model_config
-from longnet_jax.models import transformer
 from longnet_jax.parallel import mesh as mesh_lib
+from longnet_jax.parallel import sharding
 from longnet_jax.training import step as step_lib
 
 
@@ -31,15 +33,21 @@ def evaluate(
   max_tokens: int = 1_000_000,
   batch_tokens: int = 8192,
   loss_chunk: int = 2048,
+  mesh: jax.sharding.Mesh | None = None,
+  stop: Callable[[int, float], bool] = lambda length, share: False,
 ) -> scores.Evaluation:
   """Scores the same text of a split cut into windows of each length.
 
   A token sees only its own document and window, or of a stream its window. Its
   position is its distance from the start of what it sees in the longest
-  window. A longer text than `max_tokens` is sampled evenly.
+  window. A longer text than `max_tokens` is sampled evenly. Over a `mesh` of
+  `parallel.mesh` windows, positions and heads are split as in training;
+  parameters are then given as they lie over it. `stop(length, share)` is asked
+  after each batch, with the share of the length that is done; once it says so,
+  what was read so far is scored by length alone.
 
-  Raises ValueError for a length that the positions cannot number, and for
-  numbers of tokens below 1.
+  Raises ValueError for a length that the positions cannot number or the mesh
+  cannot split, and for numbers of tokens below 1.
   """
   for name, value in (
     ("max_tokens", max_tokens),
@@ -48,10 +56,12 @@ def evaluate(
   ):
     pattern.as_int(name, value)
   lengths = _checked_lengths(config, lengths)
+  mesh = mesh or mesh_lib.make_mesh()
+  model = transformer.LongNetLM(
+    config, attention.make_attention_fn(config, mesh)
+  )
   score = step_lib.jit_on_batch(
-    step_lib.make_score(transformer.LongNetLM(config), loss_chunk=loss_chunk),
-    mesh_lib.make_mesh(),
-    params,
+    step_lib.make_score(model, loss_chunk=loss_chunk), mesh, params
   )
   layout = "stream" if data.layout == "stream" else "packed"
   source = lambda length: pipeline.make_source(
@@ -61,15 +71,17 @@ def evaluate(
   if data.dataset != "needle":  # whose windows are other text at each length
     places = _Places(source(lengths[-1]), max_tokens)
   edges = position_edges(lengths[-1])
-  sums = {}
+  sums, stopped = {}, False
   for length in lengths:
-    windows, rows = source(length), max(1, batch_tokens // length)
+    windows = source(length)
+    rows = _batch_size(config, mesh, length, batch_tokens)
     numbers = _windows(windows, length, lengths[-1], max_tokens)
     sums[length] = np.zeros((3, len(edges) - 1))
     for start in range(0, len(numbers), rows):
       chosen = numbers[start : start + rows]
       batch = _rows(windows, chosen, rows)
-      losses = np.asarray(score(params, batch), np.float64)
+      placed = sharding.place_batch(batch, mesh, rows)
+      losses = np.asarray(score(params, placed), np.float64)
       found = (
         places.find(chosen, rows, length) if places else batch["positions"]
       )
@@ -77,14 +89,36 @@ def evaluate(
       sums[length] += _histograms(
         losses, batch["targets"], found, tokenizer.byte_lengths, edges
       )
+      if stopped := stop(length, min(1, (start + rows) / len(numbers))):
+        break
+    if stopped:
+      break
+  by_length = {n: _score(found.sum(axis=1)) for n, found in sums.items()}
+  if stopped:  # By position the lengths would have read other tokens.
+    return scores.Evaluation(by_length, {}, {}, None, split)
   is_cut = places is not None and len(lengths) > 1
   return scores.Evaluation(
-    by_length={n: _score(found.sum(axis=1)) for n, found in sums.items()},
+    by_length=by_length,
     by_position=_by_position(sums[lengths[-1]], edges),
     by_position_cut=_by_position(sums[lengths[0]], edges) if is_cut else {},
     trigram_bits_per_byte=trigram(data, split),
     split=split,
   )
+
+
+def _batch_size(config, mesh, length: int, batch_tokens: int) -> int:
+  """Windows of a length at a time, or RefusedError if the mesh cannot split."""
+  rows = max(1, batch_tokens // length)
+  rows += -rows % mesh.shape["data"]
+  sharding.check_mesh(
+    mesh,
+    batch_size=rows,
+    length=length,
+    num_heads=config.num_heads,
+    kv_heads=config.kv_heads,
+    ffn_dim=config.ffn_dim,
+  )
+  return rows
 
 
 def _checked_lengths(config, lengths: Sequence[int]) -> list[int]:

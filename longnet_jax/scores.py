@@ -32,8 +32,8 @@ class Score:
   def to_dict(self) -> dict[str, float]:
     """The ratios and the counts behind them."""
     return {
-      "perplexity": self.perplexity,
-      "bits_per_byte": self.bits_per_byte,
+      "perplexity": _rounded(self.perplexity),
+      "bits_per_byte": _rounded(self.bits_per_byte),
       "tokens": self.tokens,
       "bytes": self.bytes,
     }
@@ -54,7 +54,7 @@ class Evaluation:
     """A JSON-ready record."""
     return {
       "split": self.split,
-      "trigram_bits_per_byte": self.trigram_bits_per_byte,
+      "trigram_bits_per_byte": _rounded(self.trigram_bits_per_byte),
       "lengths": [
         {"length": length, **score.to_dict()}
         for length, score in self.by_length.items()
@@ -72,7 +72,15 @@ class Evaluation:
       return {}
     cut = self.by_position_cut[first, end].bits_per_byte
     full = self.by_position[first, end].bits_per_byte
-    return {"cut_bits_per_byte": cut, "context_worth": cut - full}
+    return {
+      "cut_bits_per_byte": _rounded(cut),
+      "context_worth": _rounded(cut - full),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+  """Five significant digits."""
+  return value if value is None else float(f"{value:.5g}")
 
 
 def table(evaluation: Evaluation) -> str:
@@ -145,7 +153,10 @@ def draw(records: dict[str, dict], path) -> None:
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-  by_length.set(xlabel="context length, tokens", ylabel="bits a byte")
+  by_length.set(
+    xlabel="context length, tokens",
+    ylabel=f"bits a byte, {record['split']} split",
+  )
   by_position.set(
     xlabel=f"end of the position bucket in windows of {longest:,}, tokens"
   )

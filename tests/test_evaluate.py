@@ -11,6 +11,8 @@ from longnet_jax.data import config as data_config
 from longnet_jax.data import pipeline
 from longnet_jax.models import config as model_config
 from longnet_jax.models import transformer
+from longnet_jax.parallel import mesh as mesh_lib
+from longnet_jax.parallel import sharding
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,34 @@ def test_every_token_of_the_split_counts_once_at_each_length(parts, evaluation):
     assert (cut.tokens, cut.bytes) == (score.tokens, score.bytes)
   nats = sum(s.nats for s in evaluation.by_position_cut.values())
   assert nats == pytest.approx(evaluation.by_length[16].nats)
+
+
+def test_a_mesh_changes_no_score(parts, evaluation):
+  config, params, *rest = parts
+  mesh = mesh_lib.make_mesh(data=2, seq=2, model=2)
+  params = jax.device_put(params, sharding.shardings_for(params, mesh))
+  found = evaluate.evaluate(
+    config, params, *rest, [128], batch_tokens=512, loss_chunk=32, mesh=mesh
+  )
+  for span, score in evaluation.by_position.items():
+    got = found.by_position[span]
+    assert (got.tokens, got.bytes) == (score.tokens, score.bytes)
+    assert got.nats == pytest.approx(score.nats, rel=1e-5)
+  with pytest.raises(checked.RefusedError, match="mesh.seq is 2 and must div"):
+    evaluate.evaluate(config, params, *rest, [33], mesh=mesh)
+
+
+def test_what_was_read_before_a_stop_is_scored(parts, evaluation):
+  asked = []
+  stop = lambda length, share: asked.append((length, share)) or True
+  found = evaluate.evaluate(
+    *parts, [16, 128], batch_tokens=512, loss_chunk=32, stop=stop
+  )
+  ((length, share),) = asked
+  assert length == 16 and 0 < share < 1
+  (score,) = found.by_length.values()
+  assert 0 < score.tokens < evaluation.by_length[16].tokens
+  assert not found.by_position and found.trigram_bits_per_byte is None
 
 
 def test_scores_are_those_of_the_logits(parts, evaluation):

@@ -130,10 +130,7 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> BpeTokenizer:
 def load(path: str | os.PathLike) -> Tokenizer:
   """The tokenizer that `save` wrote; ValueError if the file is not one."""
   try:
-    stored = storage.read_json(storage.path(path))
-    if stored["tokenizer"] == "bytes":
-      return ByteTokenizer()
-    return BpeTokenizer(tokenizers.Tokenizer.from_str(stored["model"]))
+    return from_record(storage.read_json(storage.path(path)))
   except OSError as error:
     raise checked.RefusedError(
       f"no tokenizer at {str(path)!r}; put the tokenizer.json of the model "
@@ -144,6 +141,13 @@ def load(path: str | os.PathLike) -> Tokenizer:
       f"{str(path)!r} is not a tokenizer file; it must be one that a "
       "tokenizer's save() wrote"
     ) from error
+
+
+def from_record(stored: dict) -> Tokenizer:
+  """The tokenizer that `save` wrote, from its parsed JSON."""
+  if stored["tokenizer"] == "bytes":
+    return ByteTokenizer()
+  return BpeTokenizer(tokenizers.Tokenizer.from_str(stored["model"]))
 
 
 # Latin-1 letters include the bytes of UTF-8 characters beyond ASCII.

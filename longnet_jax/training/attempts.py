@@ -1,7 +1,8 @@
 """How often a run was started, and the share of all that time that counted.
 
-attempts.json in a workdir has an entry for each start: when it began, and the
-seconds of wall time until it was last heard of.
+attempts.json in a workdir has an entry for each start: when it began, the
+seconds of wall time until it was last heard of, the step from which it went on,
+and settings that it changed.
 """
 
 import datetime
@@ -32,6 +33,11 @@ class Attempts:
     """Adds time in steps that count: those whose records are kept."""
     self._useful += seconds
 
+  def note(self, **notes) -> None:
+    """Adds JSON values by name to what is known of this start."""
+    self._all[-1].update(notes)
+    self.write()
+
   def values(self) -> dict[str, int | float]:
     """What a record says of them."""
     wall = time.monotonic() - self._began
@@ -56,7 +62,7 @@ def _read(path) -> list[dict]:
   try:
     found = storage.read_json(path)
     return [
-      {"began": str(each["began"]), "seconds": float(each["seconds"])}
+      {**each, "began": str(each["began"]), "seconds": float(each["seconds"])}
       for each in found
     ]
   except (KeyError, OverflowError, TypeError, ValueError) as error:

@@ -30,6 +30,7 @@ from longnet_jax import storage
 from longnet_jax.models import config as model_config
 from longnet_jax.models import longvit, slide_encoder
 from longnet_jax.parallel import hosts
+from longnet_jax.parallel import sharding as sharding_lib
 from longnet_jax.training import checkpoint_error, checksums, orbax_items
 from longnet_jax.training import state as state_lib
 
@@ -192,18 +193,38 @@ class Checkpoints:
     self._verify(step, checksums.of_json(**{item: value}))
     return value
 
-  def restore_params(self, step: int, sharding=None) -> dict[str, Any]:
-    """Parameters alone, on a device of this host unless a sharding is given."""
-    if sharding is None:
-      sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  def items(self, step: int) -> set[str]:
+    """Names of what a step holds."""
     with self._reading(step):
-      metadata = self._manager.item_metadata(step)["params"]
-      target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=sharding
-        ),
-        metadata.tree,
+      return set(self._manager.item_metadata(step).keys())
+
+  def abstract_params(self, step: int) -> dict[str, Any]:
+    """Shapes and types of the parameters; nothing else is read."""
+    with self._reading(step):
+      return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        self._manager.item_metadata(step)["params"].tree,
       )
+
+  def restore_params(self, step: int, where=None) -> dict[str, Any]:
+    """Parameters alone, on a device of this host unless told where.
+
+    `where` is a sharding for all of them, or a mesh of `parallel.mesh`, over
+    which they lie as in training.
+    """
+    target = self.abstract_params(step)
+    if isinstance(where, jax.sharding.Mesh):
+      shardings = sharding_lib.shardings_for(target, where)
+    else:
+      where = where or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      shardings = jax.tree.map(lambda _: where, target)
+    target = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=place
+      ),
+      target,
+      shardings,
+    )
     arguments = {"params": ocp.args.StandardRestore(target)}
     params = self._restore(step, arguments)["params"]
     self._verify(step, checksums.of_arrays(params=params))
@@ -278,14 +299,20 @@ def folder(workdir) -> storage.Path:
   return path / "checkpoints"
 
 
+def exists(workdir) -> bool:
+  """Whether a workdir has a complete checkpoint."""
+  return storage.is_dir(folder(workdir)) and bool(open_to_read(workdir).steps())
+
+
 def load_checkpoint(
   path, *, step: int | str = "latest", sharding=None
 ) -> tuple[model_config.LongNetConfig, dict[str, Any]]:
   """The model's config and parameters from a workdir.
 
   The config is that of a decoder or encoder, a slide encoder or a LongViT.
-  `step` is a number, "latest", or "best" by validation loss. Raises
-  CheckpointError if there is none or it cannot be read.
+  `step` is a number, "latest", or "best" by validation loss. `sharding` may be
+  a mesh of `parallel.mesh`, too: parameters then lie over it as in training.
+  Raises CheckpointError if there is none or it cannot be read.
   """
   checkpoints = open_to_read(path)
   step = checkpoints.find(step)

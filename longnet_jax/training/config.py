@@ -22,6 +22,8 @@ class TrainingConfig:
   """How long to train, on how much, and how often to look.
 
   Attributes:
+    init_from: workdir, or WORKDIR/checkpoints/STEP, whose parameters a new run
+      starts from; "" draws them.
     steps: updates of the parameters.
     batch_size: windows a step, over all devices; 16 of 32,768 tokens are the
       paper's 0.5M.
@@ -42,6 +44,7 @@ class TrainingConfig:
     watchdog_ends: whether the process ends then.
   """
 
+  init_from: str = ""
   steps: checked.Count = 300_000
   batch_size: checked.Count = 16
   accumulation_steps: checked.Count = 1
@@ -175,6 +178,14 @@ def differences(old: Mapping, new: Mapping) -> dict[str, tuple]:
     for key in {**flat_old, **flat_new}
     if flat_old.get(key, missing) != flat_new.get(key, missing)
   }
+
+
+def changes(stored: Mapping, settings: Mapping) -> dict[str, tuple]:
+  """The differences of settings from those that a run has stored.
+
+  A key that is younger than the run had its default then.
+  """
+  return differences(dataclasses.asdict(build(stored)), settings)
 
 
 def flatten(settings: Mapping, prefix: str = "") -> dict:

@@ -3,43 +3,54 @@
 from collections.abc import Mapping, Sequence
 import io
 
-from matplotlib import figure
+from matplotlib import figure, ticker
 import numpy as np
 
 from longnet_jax import storage
 
 # Okabe and Ito's colours, told apart by every kind of eye.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# So few records are drawn one by one.
+_FEW = 20
 
 
 def draw_losses(runs: Mapping[str, Sequence[dict]], path) -> None:
   """Training and validation loss of each labelled run, in one picture.
 
   A run is the records of its metrics file, or what of them has "step" with
-  "loss" or "validation_bits_per_byte".
+  "bits_per_byte" or "validation_bits_per_byte". Where no run has the former,
+  as when records had none, the training loss is in nats a token.
   """
+  has_bits = any("bits_per_byte" in r for run in runs.values() for r in run)
+  name = "bits_per_byte" if has_bits else "loss"
   picture = figure.Figure(figsize=(10, 4), layout="constrained")
   train, validation = picture.subplots(1, 2)
+  last = max((r["step"] for run in runs.values() for r in run), default=1)
   for (label, records), colour in zip(
     runs.items(), colours(len(runs)), strict=True
   ):
-    steps, losses = _series(records, "loss")
-    if len(runs) == 1:
+    steps, losses = _series(records, name)
+    few = len(steps) <= _FEW
+    dots = dict(color=colour, marker="o", markersize=3)
+    if len(runs) == 1 and not few:
       train.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
-    train.plot(steps, smooth(losses), color=colour, label=label)
-    validation.plot(
-      *_series(records, "validation_bits_per_byte"),
-      color=colour,
-      marker="o",
-      markersize=3,
-      label=label,
-    )
-  train.set(title="training loss", xlabel="step", ylabel="nats a token")
+    style = dots if few else dict(color=colour)
+    train.plot(steps, smooth(losses), **style, label=label)
+    found = _series(records, "validation_bits_per_byte")
+    validation.plot(*found, **dots, label=label)
+  unit = "bits a byte" if has_bits else "nats a token"
+  train.set(title="training loss", xlabel="step", ylabel=unit)
   validation.set(title="validation loss", xlabel="step", ylabel="bits a byte")
-  for axes in (train, validation):
+  for axes, kind in ((train, "record"), (validation, "validation")):
     axes.grid(alpha=0.3)
+    axes.set_xlim(0, 1.03 * last)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     if len(runs) > 1:
       axes.legend()
+    if not any(len(line.get_xdata()) for line in axes.lines):
+      where = dict(ha="center", transform=axes.transAxes)
+      axes.text(0.5, 0.5, f"no {kind} yet", **where)
+      axes.set_yticks([])
   save(picture, path)
 
 

@@ -14,8 +14,10 @@ from longnet_jax import checked, storage
 from longnet_jax.data import pipeline
 from longnet_jax.parallel import hosts, sharding
 from longnet_jax.training import attempts as attempts_lib
+from longnet_jax.training import beginning as beginning_lib
 from longnet_jax.training import checkpoint, curves, lease, stopping, watchdog
 from longnet_jax.training import config as config_lib
+from longnet_jax.training import initial as initial_lib
 from longnet_jax.training import metrics as metrics_lib
 from longnet_jax.training import profile as profile_lib
 from longnet_jax.training import report as report_lib
@@ -46,9 +48,10 @@ def train(
 ) -> Result:
   """Trains in `workdir` until `training.steps`, from its last checkpoint on.
 
-  With `fallback` that is the last one that can be read. `profile`, such as
-  "100:5", traces steps, see profile.py; `tracker`, such as "my_runs:track",
-  gets the records, too, see tracker.py.
+  A new run starts from the parameters that `training.init_from` names, or from
+  random ones. With `fallback` a run goes on from the last checkpoint that can
+  be read. `profile`, such as "100:5", traces steps, see profile.py; `tracker`,
+  such as "my_runs:track", gets the records, too, see tracker.py.
 
   Raises ValueError for settings that cannot work or belong to another run,
   CheckpointError where one cannot be read or written, and DivergedError where
@@ -63,7 +66,14 @@ def train(
   track = first and tracker and tracker_lib.load(tracker)
   checkpoint.folder(workdir)  # or the checkpoints could lie nowhere
   workdir_lib.check(workdir, settings)
-  run = run_lib.make_run(config, workdir_lib.tokenizer_path(workdir))
+  origin = None
+  if config.training.init_from and not checkpoint.exists(workdir):
+    origin = initial_lib.find(config)
+  run = run_lib.make_run(
+    config, workdir_lib.tokenizer_path(workdir), origin and origin.tokenizer
+  )
+  if origin:
+    origin.check(run.abstract_state.params)
   checkpoint.check_space(storage.absolute(workdir), run.abstract_state)
   hosts.check_equal(
     {"config": workdir_lib.comparable(settings), **run.fingerprints}
@@ -80,8 +90,9 @@ def train(
       tracker=track and tracker_lib.Tracker(tracker, track, settings, workdir),
     )
     trace = profile_lib.Profile(traced, workdir)
+    begin = functools.partial(_begin, run, fallback=fallback, origin=origin)
     result = _train(
-      run, workdir, records, check_lease, open_writer, trace, fallback
+      run, workdir, records, check_lease, open_writer, trace, begin
     )
     if first:
       curves.draw_losses(
@@ -92,14 +103,15 @@ def train(
 
 
 def _train(
-  run, workdir, records, check_lease, open_writer, trace, fallback
+  run, workdir, records, check_lease, open_writer, trace, begin
 ) -> Result:
   """Trains a run whose workdir is ours and has its records."""
   training = run.config.training
   with checkpoint.Checkpoints(
     workdir, max_to_keep=training.max_to_keep, keep_every=training.keep_every
   ) as checkpoints:
-    state, start = restore_or_init(run, checkpoints, fallback=fallback)
+    state, beginning = begin(checkpoints)
+    start = beginning.step
 
     def save(step, state, validation):
       check_lease()
@@ -111,6 +123,11 @@ def _train(
       writer.say(run.describe_reach())
       if note := run.describe_kernel():
         writer.say(note)
+      for line in beginning.describe(run.config):
+        writer.say(line)
+      writer.note(**beginning.notes())
+      if beginning.origin and not checkpoints.steps():
+        save(0, state, validation=None)  # whatever becomes of the origin
       if planned := trace.describe(start):
         writer.say(planned)
       with stopping.catch_signals() as caught, _naming_last_good(checkpoints):
@@ -132,12 +149,29 @@ def _train(
   )
 
 
+def _begin(run, checkpoints, *, fallback, origin):
+  """The state to begin with, and what is to be said of it."""
+  state, step = restore_or_init(
+    run, checkpoints, fallback=fallback, origin=origin
+  )
+  changed = {}
+  if step:
+    before = checkpoints.restore_json(step, "config")
+    changed = config_lib.changes(before, dataclasses.asdict(run.config))
+  return state, beginning_lib.Beginning(step, changed, origin)
+
+
 def restore_or_init(
-  run: run_lib.Run, checkpoints: checkpoint.Checkpoints, *, fallback=False
+  run: run_lib.Run,
+  checkpoints: checkpoint.Checkpoints,
+  *,
+  fallback: bool = False,
+  origin: initial_lib.Origin | None = None,
 ) -> tuple[state_lib.TrainState, int]:
   """The state to go on from and the number of steps it has done.
 
   With `fallback` checkpoints that cannot be read are set aside, if one can.
+  Where there is none the parameters are those of `origin`, or random.
   """
   if fallback and jax.process_count() > 1:
     raise checked.RefusedError(
@@ -159,7 +193,13 @@ def restore_or_init(
   if damaged:
     for step, place in checkpoints.set_aside(damaged).items():
       print(f"step {step} cannot be read: moved to {place}", file=sys.stderr)
-  return found or (run.init(), 0)
+  if found:
+    return found
+  state = run.init()
+  if origin:
+    state = state._replace(params=None)  # makes room for what is read
+    state = state._replace(params=origin.load(run.mesh))
+  return state, 0
 
 
 def _restore(run, checkpoints, step) -> state_lib.TrainState:
@@ -191,7 +231,9 @@ def run_steps(
       trace.begin(step)
       state, metrics = run.train_step(state, placed)
       last = stop.after_step() or step == training.steps
-      if step % training.log_every == 0 and run.mixing_step:
+      # The first one compiles, as everything else then does.
+      mixes = step % training.log_every == 0 or step == start + 1
+      if mixes and run.mixing_step:
         metrics["mixing"] = run.mixing_step(state.params, placed)
       report.hold(step, metrics)
       trace.end(step, state)

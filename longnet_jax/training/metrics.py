@@ -161,6 +161,11 @@ class Writer:
       self._tracker.record(step, numbers)
     self._progress.show(step, values)
 
+  def note(self, **notes) -> None:
+    """Keeps JSON values by name with what is known of this start."""
+    if self._attempts:
+      self._attempts.note(**notes)
+
   def flush(self) -> None:
     """Returns when what was recorded would outlive this machine."""
     self._file.flush()
@@ -189,6 +194,9 @@ class SilentWriter:
   def record(self, step: int, values: dict[str, int | float | str]) -> None:
     """Does nothing, as do the others."""
 
+  def note(self, **notes) -> None:
+    """Keeps nothing."""
+
   def flush(self) -> None:
     """Has nothing to write."""
 
@@ -208,8 +216,8 @@ class Progress:
   """A bar with the time left on a terminal, plain lines elsewhere."""
 
   def __init__(self, start: int, total: int, stream):
-    self._start, self._total, self._stream = start, total, stream
-    self._began = time.perf_counter()
+    self._total, self._stream = total, stream
+    self._first = None  # step that was done first, and when
     self._bar = None
     if stream.isatty():
       self._bar = tqdm.tqdm(
@@ -217,19 +225,36 @@ class Progress:
       )
 
   def advance(self, step: int) -> None:
-    """Moves the bar to `step`; costs nothing where there is none."""
+    """Moves the bar to `step`; time counts from the first call on.
+
+    What comes before it is compilation.
+    """
+    if self._first is None:
+      self._first = step, time.perf_counter()
+      if self._bar is not None:
+        self._bar.initial = step
+        self._bar.reset(self._total)
+        self._bar.n = self._bar.last_print_n = step
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
 
   def show(self, step: int, values: dict[str, int | float | str]) -> None:
-    """Shows the record of a step."""
-    text = summary(values)
-    if self._bar is not None:
-      self._bar.set_postfix_str(text, refresh=True)
+    """Shows the record of a step; a terminal keeps validation in sight."""
+    line = f"step {step}/{self._total}  {summary(values)}"
+    if self._bar is None:
+      self.say(f"{line}{self._left(step)}")
       return
-    elapsed = time.perf_counter() - self._began
-    left = elapsed / max(step - self._start, 1) * (self._total - step)
-    self.say(f"step {step}/{self._total}  {text}  {duration(left)} left")
+    self._bar.set_postfix_str(summary(values, brief=True), refresh=True)
+    if "validation_loss" in values:
+      self.say(line)
+
+  def _left(self, step: int) -> str:
+    """How long the rest takes at the pace so far, once there is one."""
+    first, since = self._first or (step, 0.0)
+    if step == first:
+      return ""
+    pace = (time.perf_counter() - since) / (step - first)
+    return f"  {duration(pace * (self._total - step))} left"
 
   def say(self, text: str) -> None:
     """Prints a line without disturbing the bar."""
@@ -244,18 +269,32 @@ class Progress:
       self._bar.close()
 
 
-def summary(values: dict[str, int | float | str]) -> str:
-  """The few numbers of a record that a person watches."""
-  shown = (
-    ("loss", "loss {:.4f}"),
-    ("validation_bits_per_byte", "validation {:.4f} bits/byte"),
+def summary(
+  values: dict[str, int | float | str], *, brief: bool = False
+) -> str:
+  """The few numbers of a record that a person watches, or fewer still."""
+  losses = [
+    _loss(title, values.get(bits), values.get(nats), brief)
+    for title, bits, nats in (
+      ("loss", "bits_per_byte", "loss"),
+      ("validation", "validation_bits_per_byte", "validation_loss"),
+    )
+  ]
+  speed = (
     ("tokens_per_second", "{:,.0f} tokens/s"),
     ("flops_per_second", "{:.3g} FLOP/s"),
     ("share_of_peak", "{:.1%} of peak"),
-  )
-  return "  ".join(
-    form.format(values[name]) for name, form in shown if name in values
-  )
+  )[: 1 if brief else None]
+  speeds = [form.format(values[name]) for name, form in speed if name in values]
+  return "  ".join(filter(None, losses + speeds))
+
+
+def _loss(title: str, bits, nats, brief: bool) -> str:
+  """A loss in bits a byte, and nats a token beside it."""
+  shown = [] if bits is None else [f"{bits:.4f} bits/byte"]
+  if nats is not None and not (shown and brief):
+    shown.append(f"{nats:.4f} nats/token")
+  return f"{title} {' = '.join(shown)}" if shown else ""
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,8 @@
 """The items of a checkpoint as orbax stores them, and which steps it keeps."""
 
+from collections.abc import Iterator
+import contextlib
+import logging
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -34,16 +37,6 @@ def open_manager(
       *([_MANAGERS.EveryNSteps(keep_every)] if keep_every else []),
     ]
   )
-  options = ocp.CheckpointManagerOptions(
-    preservation_policy=keep,
-    best_fn=lambda metrics: metrics[BEST_BY],
-    best_mode="min",
-    create=not read_only,
-    read_only=read_only,
-    cleanup_tmp_directories=not read_only,
-    # Else damaged results of one step would keep all from being opened.
-    lightweight_initialize=True,
-  )
   handlers = ocp.DefaultCheckpointHandlerRegistry()
   for item in _STATE_ITEMS:
     handlers.add(item, ocp.args.StandardSave, ocp.StandardCheckpointHandler())
@@ -53,9 +46,32 @@ def open_manager(
   for item in _JSON_ITEMS:
     handlers.add(item, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
     handlers.add(item, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-  return ocp.CheckpointManager(
-    folder, options=options, handler_registry=handlers
-  )
+  with _quiet():
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=keep,
+      best_fn=lambda metrics: metrics[BEST_BY],
+      best_mode="min",
+      create=not read_only,
+      read_only=read_only,
+      cleanup_tmp_directories=not read_only,
+      # Else damaged results of one step would keep all from being opened.
+      lightweight_initialize=True,
+    )
+    return ocp.CheckpointManager(
+      folder, options=options, handler_registry=handlers
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Hides warnings that a folder opened for reading is only read."""
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
 
 
 def to_save(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import math
 import time
+from typing import NamedTuple
 
 import jax
 
@@ -22,6 +23,20 @@ _MEMORY = {
 }
 
 
+class _Sums(NamedTuple):
+  """What a mean loss is made of."""
+
+  nats: float
+  tokens: float
+  bytes: float
+
+  def plus(self, *more: float) -> "_Sums":
+    return _Sums(*map(sum, zip(self, more, strict=True)))
+
+
+_NOTHING = _Sums(0.0, 0.0, 0.0)
+
+
 class DivergedError(RuntimeError):
   """The loss or the gradient stopped being finite."""
 
@@ -36,7 +51,9 @@ class Report:
   def __init__(self, run: run_lib.Run, writer: metrics_lib.Writer):
     self._run, self._writer = run, writer
     self._held = None
+    run.schedule(0)  # compiles now and not within a record's seconds
     self._tokens, self._since = 0.0, None
+    self._sums = _NOTHING
     self._skipped = self._skipped_in_a_row = 0
     peak = chips.peak_flops(run.mesh.devices.flat[0])
     self._peak = peak and peak * run.mesh.size
@@ -75,12 +92,12 @@ class Report:
     metrics = jax.device_get(metrics)
     waits = metrics.pop("hosts", None)
     values = self._without_skipped(step, _scalars(metrics))
-    self._count(values.pop("tokens", 0.0))
+    self._count(values)
     self._writer.advance(step)
     due = step % self._run.config.training.log_every == 0
     if not due and validate is None:
       return None
-    values |= self._throughput()
+    values = self._mean_loss() | values | self._throughput()
     values["learning_rate"] = float(self._run.schedule(step - 1))
     validation = None
     if validate is not None:
@@ -127,12 +144,26 @@ class Report:
     before, self._recorded = self._recorded, spent
     return {f"{part}_seconds": spent[part] - before[part] for part in _PARTS}
 
-  def _count(self, tokens: float) -> None:
-    """Counts a step's tokens, but not of the first: it holds compilation."""
-    if self._since is None:
+  def _count(self, values: dict) -> None:
+    """Takes a step's sums out of its values and adds them up."""
+    step = {name: values.pop(name, 0.0) for name in ("loss", "tokens", "bytes")}
+    if self._since is None:  # The first step holds compilation.
       self._since = time.perf_counter()
     else:
-      self._tokens += tokens
+      self._tokens += step["tokens"]
+    if step["loss"]:  # else the update was left out
+      nats = step["loss"] * step["tokens"]
+      self._sums = self._sums.plus(nats, step["tokens"], step["bytes"])
+
+  def _mean_loss(self) -> dict[str, float]:
+    """The loss of what was trained on since the last record or the start."""
+    sums, self._sums = self._sums, _NOTHING
+    values = {}
+    if sums.tokens:
+      values["loss"] = sums.nats / sums.tokens
+    if sums.bytes:
+      values["bits_per_byte"] = sums.nats / math.log(2) / sums.bytes
+    return values
 
   def _throughput(self) -> dict[str, float]:
     """Rates since the last record, over all devices."""

@@ -114,8 +114,13 @@ class Update(NamedTuple):
   train_step: Callable
 
 
-def make_update(config: config_lib.ExperimentConfig, mesh) -> Update:
-  """Builds the model and its compiled train step for a mesh."""
+def make_update(
+  config: config_lib.ExperimentConfig, mesh, byte_lengths: Array | None = None
+) -> Update:
+  """Builds the model and its compiled train step for a mesh.
+
+  Its metrics have bytes where `byte_lengths` says what a token stands for.
+  """
   training = config.training
   model = transformer.LongNetLM(
     config.model, attention.make_attention_fn(config.model, mesh)
@@ -132,6 +137,7 @@ def make_update(config: config_lib.ExperimentConfig, mesh) -> Update:
     loss_chunk=training.loss_chunk,
     accumulation_steps=training.accumulation_steps,
     may_skip=training.max_skipped > 0,
+    byte_lengths=byte_lengths,
   )
   return Update(
     model,
@@ -141,22 +147,26 @@ def make_update(config: config_lib.ExperimentConfig, mesh) -> Update:
   )
 
 
-def make_run(config: config_lib.ExperimentConfig, tokenizer_path) -> Run:
+def make_run(
+  config: config_lib.ExperimentConfig,
+  tokenizer_path,
+  tokenizer: tokenizers.Tokenizer | None = None,
+) -> Run:
   """Builds the data, the model and its steps, or raises ValueError.
 
   A tokenizer already at `tokenizer_path` is used again, so that a run never
-  depends on training one twice.
+  depends on training one twice; where none is, one may be given.
   """
-  tokenizer = make_tokenizer(config, tokenizer_path)
+  if tokenizer is None or storage.exists(storage.path(tokenizer_path)):
+    tokenizer = make_tokenizer(config, tokenizer_path)
   mesh = mesh_lib.make_mesh(
     config.mesh.data, config.mesh.seq, config.mesh.model
   )
   _check_sizes(config, tokenizer, mesh)
-  model, abstract, init, train_step = make_update(config, mesh)
+  byte_lengths = jnp.asarray(tokenizer.byte_lengths, jnp.float32)
+  model, abstract, init, train_step = make_update(config, mesh, byte_lengths)
   eval_step = step_lib.make_eval_step(
-    model,
-    jnp.asarray(tokenizer.byte_lengths, jnp.float32),
-    loss_chunk=config.training.loss_chunk,
+    model, byte_lengths, loss_chunk=config.training.loss_chunk
   )
   mixing_step = None
   if config.model.attention == "dilated":

@@ -31,6 +31,7 @@ def make_train_step(
   loss_chunk: int,
   accumulation_steps: int = 1,
   may_skip: bool = False,
+  byte_lengths: Array | None = None,
 ) -> Callable[
   [state_lib.TrainState, Batch], tuple[state_lib.TrainState, Metrics]
 ]:
@@ -39,7 +40,8 @@ def make_train_step(
   The loss is the mean over every counted token of the batch. In parts, sums of
   losses, weights and gradients are added and divided once at the end, so the
   update does not depend on how the batch was cut. With `may_skip` an update
-  that is not finite is left out, and the metric "skipped" is 1.
+  that is not finite is left out, and the metric "skipped" is 1. With
+  `byte_lengths` (V,), the text each token stands for, "bytes" are counted.
   """
 
   def loss_sum(params, batch, key):
@@ -88,6 +90,8 @@ def make_train_step(
       "tokens": weight,
       "gradient_norm": optax.tree.norm(gradients),
     }
+    if byte_lengths is not None:
+      metrics["bytes"] = _count_bytes(byte_lengths, batch)
     params = optax.apply_updates(state.params, updates)
     if may_skip:
       total = metrics["loss"] + metrics["gradient_norm"]
@@ -140,7 +144,7 @@ def make_eval_step(
     return {
       "nats": jnp.sum(score(params, batch) * weights),
       "tokens": jnp.sum(weights),
-      "bytes": jnp.sum(byte_lengths[batch["targets"]] * weights),
+      "bytes": _count_bytes(byte_lengths, batch),
     }
 
   return eval_step
@@ -193,6 +197,11 @@ def jit_on_batch(function, mesh, abstract_params):
     ),
     out_shardings=NamedSharding(mesh, P()),
   )
+
+
+def _count_bytes(byte_lengths: Array, batch: Batch) -> Array:
+  """Bytes of the text that the counted targets stand for."""
+  return jnp.sum(byte_lengths[batch["targets"]] * batch["weights"])
 
 
 def _parts(array: Array, count: int) -> Array:

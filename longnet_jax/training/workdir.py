@@ -3,13 +3,14 @@
 config.json     every setting of the run
 tokenizer.json  what maps text to tokens
 metrics.jsonl   one record a line
-attempts.json   when it was started, see attempts.py
+attempts.json   when it was started and what that changed, see attempts.py
 owner.json      which process trains in it, see lease.py
 loss.png        its curves
 profile/        traces of steps, see profile.py
 checkpoints/    see checkpoint.py
 """
 
+from collections.abc import Sequence
 import fnmatch
 import json
 import secrets
@@ -17,24 +18,38 @@ import secrets
 import numpy as np
 
 from longnet_jax import checked, storage
+from longnet_jax.data import tokenizers
 from longnet_jax.parallel import hosts
+from longnet_jax.training import checkpoint
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import run as run_lib
 
-# Settings whose values may differ between hosts, too: where their copies lie.
-_PLACES = ("data.data_dir", "data.cache_dir")
-# Settings that a later start may change: how far to go, on which devices, where
-# copies of the data lie, what is kept and when to worry. All others shape the
-# parameters or their record.
+# Settings whose values may differ between hosts, too: where the text, which has
+# a fingerprint, and its copies lie.
+PLACES = ("data.folder", "data.data_dir", "data.cache_dir")
+# The learning rate from here on.
+SCHEDULE = (
+  "optimizer.learning_rate",
+  "optimizer.schedule",
+  "optimizer.warmup_steps",
+  "optimizer.decay_*",
+  "optimizer.final_learning_rate",
+)
+# Settings that a later start may change, as they do not shape steps that are
+# done: also how far to go, on which devices, how often to look, what is kept
+# and when to worry.
 _FREE = (
   "training.steps",
-  "training.checkpoint_minutes",
+  "training.log_every",
+  "training.eval_*",
+  "training.checkpoint_*",
   "training.max_to_keep",
   "training.keep_every",
   "training.max_skipped",
   "training.watchdog_*",
   "mesh.*",
-  *_PLACES,
+  *PLACES,
+  *SCHEDULE,
 )
 
 
@@ -53,20 +68,45 @@ def loss_picture_path(workdir) -> storage.Path:
   return storage.path(workdir) / "loss.png"
 
 
-def read_config(workdir) -> config_lib.ExperimentConfig:
-  """The settings that a workdir was trained with."""
+def read_config(
+  workdir, *, step: int | str = "latest"
+) -> config_lib.ExperimentConfig:
+  """The settings that a workdir was trained with.
+
+  They are those in its checkpoint of `step` where it has no config.json.
+  """
   path = config_path(workdir)
-  if not storage.exists(path):
-    if storage.is_dir(path.parent / "checkpoints"):
-      raise checked.RefusedError(
-        f"{workdir} holds no language model; read an imported encoder with "
-        "longnet_jax.load_checkpoint, one of slides with "
-        "experiments.encode_slide"
-      )
+  if storage.exists(path):
+    return config_lib.build(_load(path))
+  if not storage.is_dir(path.parent / "checkpoints"):
     raise checked.RefusedError(
       f"{workdir} holds no config.json; give the --workdir of a training run"
     )
-  return config_lib.build(_load(path))
+  checkpoints = checkpoint.open_to_read(workdir)
+  settings = checkpoints.restore_json(checkpoints.find(step), "config")
+  if "data" not in settings:
+    raise checked.RefusedError(
+      f"{workdir} holds no language model; read an imported encoder with "
+      "longnet_jax.load_checkpoint, one of slides with "
+      "experiments.encode_slide"
+    )
+  return config_lib.build(settings)
+
+
+def load_tokenizer(path, *, step: int | str = "latest") -> tokenizers.Tokenizer:
+  """What maps text to tokens and back, from a workdir.
+
+  That is its tokenizer.json, else the one in its checkpoint of `step`, as in
+  `load_checkpoint`. Raises ValueError where it has neither.
+  """
+  file = tokenizer_path(path)
+  folder = checkpoint.folder(path)
+  if not storage.exists(file) and storage.is_dir(folder):
+    checkpoints = checkpoint.open_to_read(path)
+    step = checkpoints.find(step)
+    if "tokenizer" in checkpoints.items(step):
+      return tokenizers.from_record(checkpoints.restore_json(step, "tokenizer"))
+  return tokenizers.load(file)
 
 
 def check(workdir, settings: dict) -> None:
@@ -81,23 +121,24 @@ def check(workdir, settings: dict) -> None:
     return
   changed = {
     key: values
-    for key, values in config_lib.differences(_load(path), settings).items()
-    if not any(fnmatch.fnmatch(key, free) for free in _FREE)
+    for key, values in config_lib.changes(_load(path), settings).items()
+    if not is_among(key, _FREE)
   }
   if changed:
     listed = ", ".join(
       f"{key} was {checked.shown(old)} and is now {checked.shown(new)}"
       for key, (old, new) in changed.items()
     )
-    advice = "choose another --workdir or the old values"
-    if set(changed) == {"optimizer.decay_steps"}:
-      old, _ = changed["optimizer.decay_steps"]
-      advice += (
-        f"; to train on at the final rate: --config.optimizer.decay_steps={old}"
-      )
     raise checked.RefusedError(
-      f"{workdir} belongs to a run with another config: {listed}; {advice}"
+      f"{workdir} belongs to a run with another config: {listed}; choose "
+      "another --workdir or the old values, or start a new run from its "
+      f"parameters with --config.training.init_from={workdir}"
     )
+
+
+def is_among(key: str, patterns: Sequence[str]) -> bool:
+  """Whether one of the patterns matches a dotted key."""
+  return any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
 
 
 def write_records(workdir, settings: dict, run: run_lib.Run) -> dict:
@@ -122,7 +163,7 @@ def write_records(workdir, settings: dict, run: run_lib.Run) -> dict:
 def comparable(settings: dict) -> str:
   """A text that is the same on all hosts of a run."""
   flat = config_lib.flatten(settings)
-  return json.dumps({k: v for k, v in flat.items() if k not in _PLACES})
+  return json.dumps({k: v for k, v in flat.items() if k not in PLACES})
 
 
 def _load(path) -> dict:

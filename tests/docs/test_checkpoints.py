@@ -37,11 +37,17 @@ def test_every_example_of_the_page_runs(tmp_path, monkeypatch):
     settings = {"config": {"model": dataclasses.asdict(config)}}
     checkpoints.save_params(params, settings)
   blocks = re.findall(r"```python\n(.*?)```", _PAGE.read_text(), re.DOTALL)
-  assert len(blocks) == 6
+  assert len(blocks) == 7
   names = {}
   exec("\n".join(blocks), names)
 
   assert names["config"] == config
+  longer = names["model"]
+  assert longer.config.segment_lengths == (128, 1024, 8192)
+  shapes = jax.eval_shape(
+    longer.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  )["params"]
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
   for found in (names["params"], names["same"]):
     jax.tree.map(np.testing.assert_array_equal, found, params)
   loaded = config_lib.LongNetConfig.from_dict(names["settings"]["model"])

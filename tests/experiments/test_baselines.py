@@ -21,8 +21,8 @@ def _models(**data):
       "validation_bits_per_byte": 2.5,
       "data": data.get(core, {"train": "ab"}),
       "curves": [
-        {"step": 1, "loss": 3.0},
-        {"step": 2, "loss": 2.0, "validation_bits_per_byte": 2.5},
+        {"step": 1, "bits_per_byte": 3.0},
+        {"step": 2, "bits_per_byte": 2.0, "validation_bits_per_byte": 2.5},
       ],
     }
     for core in baselines.LABELS

@@ -3,13 +3,13 @@ import json
 
 import pytest
 
-from experiments import check_parallel, parallel_tables, report
+from experiments import check_parallel, parallel_tables, progress, report
 
 
 def test_a_topology_needs_the_tpu_compiler(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"v5e:4x4 .* pip install 'jax\[tpu\]'"):
-    check_parallel._pod("v5e:4x4")
+    next(check_parallel._pod("v5e:4x4", progress.Progress()))
 
 
 def test_the_record_is_exact_and_its_formula_holds():

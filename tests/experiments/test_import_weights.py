@@ -130,7 +130,7 @@ def test_decoder_can_be_evaluated_and_continued(tmp_path):
   printed = _run("evaluate", workdir=workdir, lengths=32, max_tokens=2000)
   assert "step 0, test split" in printed
   assert printed.count("reach: the window of 32 is longer than the") == 1
-  result = json.loads((workdir / "evaluation.json").read_text())
+  result = json.loads((workdir / "evaluation_test_0.json").read_text())
   # Random weights know nothing: about log2(264) bits a byte.
   assert 7 < result["lengths"][0]["bits_per_byte"] < 10
   assert _run("generate", workdir=workdir, prompt="a", max_new_tokens=3)

@@ -77,9 +77,10 @@ def test_restore_is_exact_on_other_devices(series):
   jax.tree.map(np.testing.assert_array_equal, got, _state(4))
 
 
-def test_parameters_alone(series):
+def test_parameters_alone(series, caplog):
   with checkpoint.open_to_read(series) as checkpoints:
     params = checkpoints.restore_params(2)
+  assert not caplog.records
   np.testing.assert_array_equal(
     params["layers"]["kernel"], _state(2).params["layers"]["kernel"]
   )

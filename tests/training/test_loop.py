@@ -81,9 +81,13 @@ def test_what_a_run_leaves(straight, tiny_settings):
   workdir, result, stream = straight
   records = metrics.read_metrics(workdir)
   assert [r["step"] for r in records] == [1, 2, 3, 4]
-  assert {"loss", "gradient_norm", "learning_rate", "mixing_weight_0"} <= set(
-    records[0]
-  )
+  assert {
+    "loss",
+    "bits_per_byte",
+    "gradient_norm",
+    "learning_rate",
+    "mixing_weight_0",
+  } <= set(records[0])
   assert "validation_bits_per_byte" in records[1]
   assert records[3]["tokens_per_second"] > 0
   said = stream.getvalue()
@@ -97,6 +101,22 @@ def test_what_a_run_leaves(straight, tiny_settings):
   assert workdir_lib.read_config(workdir) == config
   assert result.validation["loss"] == records[3]["validation_loss"]
   assert params["embedding"].shape == (264, 16)
+
+
+def test_a_loss_is_the_mean_since_the_record_before(
+  straight, tiny_settings, tmp_path
+):
+  workdir, *_ = straight
+  each = metrics.read_metrics(workdir)
+  changes = {"training__log_every": 3, "training__eval_every": 9}
+  _train(tiny_settings(**changes), tmp_path)
+  first, last = metrics.read_metrics(tmp_path)
+  assert (first["step"], last["step"]) == (3, 4)
+  # Almost: windows at the end of the text have fewer tokens.
+  for name in ("loss", "bits_per_byte"):
+    mean = np.mean([r[name] for r in each[:3]])
+    assert first[name] == pytest.approx(mean, rel=1e-2)
+    assert last[name] == pytest.approx(each[3][name], rel=1e-6)
 
 
 def test_records_say_what_the_host_did_beside_the_steps(straight):

@@ -54,26 +54,38 @@ def test_a_file_that_is_gone_is_said_before_a_save(tmp_path):
       out.flush()
 
 
-def test_plain_lines_in_a_file(tmp_path):
+def test_plain_lines_in_a_file(tmp_path, monkeypatch):
   stream = io.StringIO()
+  now = [100.0]
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
   with metrics.Writer(tmp_path, start=0, total=4, stream=stream) as out:
+    now[0] = 900.0  # until the first step was compiled
     out.advance(1)
-    out.record(1, {"loss": 2.5, "tokens_per_second": 1234.0})
-  (line,) = stream.getvalue().splitlines()
-  assert line.startswith("step 1/4  loss 2.5000  1,234 tokens/s")
-  assert line.endswith("left")
+    losses = {"bits_per_byte": 3.0, "loss": 2.5}
+    out.record(1, losses | {"tokens_per_second": 1234.0})
+    now[0] = 910.0
+    out.advance(2)
+    out.record(2, {"validation_loss": 1.0, "validation_bits_per_byte": 1.5})
+  assert stream.getvalue().splitlines() == [
+    "step 1/4  loss 3.0000 bits/byte = 2.5000 nats/token  1,234 tokens/s",
+    "step 2/4  validation 1.5000 bits/byte = 1.0000 nats/token  0m20s left",
+  ]
 
 
 def test_a_bar_with_the_time_left_on_a_terminal(tmp_path):
   stream = _Terminal()
   with metrics.Writer(tmp_path, start=2, total=4, stream=stream) as out:
     out.advance(3)
-    out.record(3, {"loss": 2.5})
+    out.record(3, {"bits_per_byte": 3.0, "loss": 2.5})
+    validation = {"validation_loss": 1.0, "validation_bits_per_byte": 1.5}
+    out.record(4, validation)
     out.say("hello")
   shown = stream.getvalue()
   assert "3/4" in shown
-  assert "loss 2.5000" in shown
-  assert "hello" in shown
+  assert "loss 3.0000 bits/byte" in shown and "2.5000" not in shown
+  # Lines that nothing is drawn over.
+  assert "step 4/4  validation 1.5000 bits/byte = 1.0000 nats/token\n" in shown
+  assert "hello\n" in shown
 
 
 def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
@@ -108,15 +120,19 @@ def test_durations(seconds, text):
 
 def test_curves_of_several_runs_in_one_picture(tmp_path):
   falling = lambda height: [
-    {"step": step, "loss": 5 / step, "validation_bits_per_byte": height / step}
-    for step in range(1, 51)
+    {"step": s, "loss": 5 / s, "validation_bits_per_byte": height / s}
+    for s in range(1, 51)
   ]
   runs = {"longnet": falling(6), "dense": falling(7)}
-  one, two = tmp_path / "one.png", tmp_path / "two.png"
-  curves.draw_losses({"": runs["dense"]}, one)
-  curves.draw_losses(runs, two)
-  assert one.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-  assert one.read_bytes() != two.read_bytes()
+  bits = [r | {"bits_per_byte": r["loss"]} for r in runs["dense"]]
+  drawn = {"two": runs, "one": {"": runs["dense"]}, "bits": {"": bits}}
+  drawn |= {"early": {"": bits[:1]}, "nothing": {"": []}}
+  pictures = set()
+  for name, each in drawn.items():
+    curves.draw_losses(each, tmp_path / name)
+    pictures.add((tmp_path / name).read_bytes())
+  assert len(pictures) == len(drawn)
+  assert all(p[:8] == b"\x89PNG\r\n\x1a\n" for p in pictures)
 
 
 def test_smoothing_keeps_the_mean_of_a_line():

@@ -25,12 +25,33 @@ def test_the_same_settings_may_go_on(settings, tmp_path):
 
 @pytest.mark.parametrize(
   "group, key, value",
-  [("training", "steps", 99), ("mesh", "seq", 2), ("data", "cache_dir", "x")],
+  [
+    ("training", "steps", 99),
+    ("training", "log_every", 7),
+    ("training", "checkpoint_every", 7),
+    ("training", "eval_every", 7),
+    ("training", "eval_batches", 7),
+    ("mesh", "seq", 2),
+    ("data", "cache_dir", "x"),
+    ("data", "folder", "x"),
+    ("optimizer", "decay_steps", 200),
+    ("optimizer", "learning_rate", 0.5),
+  ],
 )
 def test_what_may_change(settings, tmp_path, group, key, value):
   _store(tmp_path, settings)
   settings[group][key] = value
   workdir.check(tmp_path, settings)
+
+
+def test_a_key_that_is_younger_than_the_run_had_its_default(settings, tmp_path):
+  old = json.loads(json.dumps(settings))
+  del old["training"]["init_from"]
+  _store(tmp_path, old)
+  workdir.check(tmp_path, settings)
+  settings["training"]["init_from"] = "x"
+  with pytest.raises(ValueError, match="init_from was '' and is now 'x'"):
+    workdir.check(tmp_path, settings)
 
 
 @pytest.mark.parametrize(
