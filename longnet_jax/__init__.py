@@ -3,6 +3,7 @@
 The package is a stack; each layer imports only from those above it:
 
   checked     configs checked by their annotations, the error that refuses
+  storage     local folders and buckets alike
   pattern     which rows a head keeps of a branch, and how many: NumPy alone
   ops         mathematics of attention, positions and dilation
   parallel    meshes, sharding rules, sequence parallelism
@@ -14,6 +15,7 @@ The package is a stack; each layer imports only from those above it:
   interop     weights of torchscale and Prov-GigaPath
   scores      what a trained model has learned: table, picture, JSON
   evaluate    and how that is measured
+  plan        what a training step takes of a pod, compiled without one
 
 Shapes are written with one letter an axis: B batch, T positions, N query heads,
 K key/value heads, H head width, D model width, F feed-forward width, V

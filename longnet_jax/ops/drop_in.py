@@ -123,6 +123,7 @@ class AttentionFn:
   ) -> jax.Array:
     """Attends; query (..., T, N, H), key and value (..., T, K, H)."""
     del broadcast_dropout
+    mask = None if mask is None else jnp.asarray(mask)
     _refuse(query, key, mask, module)
     if dtype is not None:
       query, key, value = (x.astype(dtype) for x in (query, key, value))

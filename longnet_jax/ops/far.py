@@ -44,14 +44,16 @@ class Keys(NamedTuple):
 def make_branch(call: near.Call, far: sharded.Far) -> near.Branch:
   """Returns a far branch as a near one, whose kernel talks to other devices.
 
-  Its segments are the pieces of this device, cut at the rotated phases.
+  Its segments are the pieces of this device, cut at the rotated phases. The
+  kernel has the functions of any other, but gets keys in lanes, and makes the
+  masks itself.
   """
   phases = call.local(call.all_phases(far.r))[:, None], call.local(far.phases)
   cuts = tuple(_cut(call, far, x) for x in phases)
   others = None
   if not call.dense:
-    # First, so that they can run while the near branches are computed; where
-    # branches are a tree, the rows to send are selected from those of a parent.
+    # Sent first, so that near branches are computed meanwhile. In a tree the
+    # rows to send are not there yet: they are selected from those of a parent.
     key, value = (selection.select(x, cuts[1]) for x in call.inputs[1:3])
     others = _gather(far, _own(call, cuts[1], key, value))
   kernel = kernels.Kernel(
@@ -140,7 +142,8 @@ def _rectangles(call, far, others, query, key, value):
     return query, [_rectangle(call, far, others, devices)]
   device = _device(call)
   square = _rectangle(call, far, own, device[None], is_causal=True)
-  # The last slot is nobody's past.
+  # The last slot is nobody's past: it is the device itself under shifts, the
+  # last device of a group otherwise.
   slots, rows = far.exchange.slots - 1, query.shape[2]
   others = jax.tree.map(lambda x: x[:, :, : slots * rows], others)
   lengths = None

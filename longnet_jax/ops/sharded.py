@@ -146,7 +146,7 @@ def near_and_far(
     if shards == 1 or length % w == 0:
       near_branches.append(near.Branch(index, w, r))
       continue
-    w = max(w, r)  # a short sequence may have cut it below its rate
+    w = max(w, r)  # a segment of r rows still holds a sequence shorter than r
     phases = pattern.phases(parts * num_heads, r, settings.head_phase)
     found = exchange.make_exchange(
       w,
