@@ -70,12 +70,9 @@ class Evaluation:
     """What the tokens of a bucket score with less context."""
     if not self.by_position_cut:
       return {}
-    cut = self.by_position_cut[first, end].bits_per_byte
-    full = self.by_position[first, end].bits_per_byte
-    return {
-      "cut_bits_per_byte": _rounded(cut),
-      "context_worth": _rounded(cut - full),
-    }
+    cut = _rounded(self.by_position_cut[first, end].bits_per_byte)
+    full = _rounded(self.by_position[first, end].bits_per_byte)
+    return {"cut_bits_per_byte": cut, "context_worth": _rounded(cut - full)}
 
 
 def _rounded(value: float | None) -> float | None:

@@ -199,7 +199,7 @@ def test_table_json_and_picture(evaluation, tmp_path):
   assert [row["length"] for row in record["lengths"]] == [16, 128]
   for row in record["positions"]:
     full, cut = row["bits_per_byte"], row["cut_bits_per_byte"]
-    assert row["context_worth"] == cut - full
+    assert row["context_worth"] == pytest.approx(cut - full, abs=1e-9)
     assert f"{full:10.4f}  {cut:10.4f}  {cut - full:8.4f}" in text
   scores.draw({"one": record, "two": record}, tmp_path / "e.png")
   assert (tmp_path / "e.png").stat().st_size > 5000
