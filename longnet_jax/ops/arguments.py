@@ -117,7 +117,7 @@ def _number(name: str, value: Any) -> float:
   except (TypeError, ValueError):  # a tracer's error is a TypeError
     number = math.nan
   if not math.isfinite(number):
-    raise ValueError(f"{name} is {value!r}; use a finite number")
+    raise ValueError(f"{name} is {value!r}; use a finite number, not traced")
   return number
 
 
