@@ -8,8 +8,7 @@ commands):
 
 The text is one stream of documents, which see one another; a step reads 2^30
 tokens of it, a million on each chip, and the longest segment is all of them.
-docs/plans/longnet_1b_tokens.json says what the step takes, as compiled for such
-a pod; nobody has run it yet.
+`experiments.plan` compiles its step for such a pod, which nobody has run yet.
 """
 
 from ml_collections import config_dict

@@ -21,7 +21,9 @@ from experiments import (
   progress,
 )
 from longnet_jax import analysis, checked, storage
+from longnet_jax.models import sizes
 
+_PAPER = {name: list(map(str, x)) for name, x in sizes.BRANCHES.items()}
 _LENGTHS = flags.DEFINE_list(
   "lengths", ["2048", "4096", "8192", "16384", "32768"], "lengths in tokens"
 )
@@ -39,10 +41,10 @@ _HEAD_DIM = flags.DEFINE_integer(
   "head_dim", 64, "width of a head", lower_bound=1
 )
 _SEGMENTS = flags.DEFINE_list(
-  "segment_lengths", ["2048", "4096", "8192", "16384", "32768"], "w of branches"
+  "segment_lengths", _PAPER["segment_lengths"], "w of branches"
 )
 _RATES = flags.DEFINE_list(
-  "dilation_rates", ["1", "2", "4", "6", "12"], "r of branches"
+  "dilation_rates", _PAPER["dilation_rates"], "r of branches"
 )
 _CAUSAL = flags.DEFINE_bool("causal", True, "whether a row sees its past only")
 _DTYPE = flags.DEFINE_enum(

@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from experiments import attention_speed, command, hardware
 from longnet_jax import checked
 from longnet_jax.analysis import traffic
+from longnet_jax.models import sizes
 from longnet_jax.ops import kernels
 
 _OUTPUT = flags.DEFINE_string(
@@ -45,10 +46,6 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-BRANCHES = {
-  "segment_lengths": (2048, 4096, 8192, 16384, 32768),
-  "dilation_rates": (1, 2, 4, 6, 12),
-}
 # Heads and their width, length, whether causal.
 CASES = (
   (12, 64, 32768, True),
@@ -66,7 +63,7 @@ def main(_) -> None:
   records = []
   for heads, width, length, is_causal in CASES:
     setting = attention_speed.Setting(
-      heads, width, **BRANCHES, is_causal=is_causal, dtype="bfloat16"
+      heads, width, **sizes.BRANCHES, is_causal=is_causal, dtype="bfloat16"
     )
     for mode in attention_speed.MODES:
       records.append(measure(setting, length, mode, device))

@@ -14,7 +14,7 @@ from absl import flags
 import jax
 import ml_collections
 
-from experiments import command
+from experiments import command, hardware
 from longnet_jax import checked, plan, storage
 from longnet_jax.models import sizes
 from longnet_jax.training import config as config_lib
@@ -42,7 +42,8 @@ def main(_) -> None:
   make = lambda settings: _make(settings, _TOPOLOGY.value)
   found = search(settings, make) if _SEARCH.value else make(settings)
   if _JSON.value:
-    record = {"command": command.line(), "jax": jax.__version__, **found}
+    measured_on = {"command": command.line(), "hardware": hardware.describe()}
+    record = {**measured_on, **found}
     text = json.dumps(record, indent=2) + "\n"
     storage.write_whole(storage.path(_JSON.value), text)
 

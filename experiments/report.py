@@ -39,6 +39,7 @@ TABLES = {
   "equality": (parallel_tables.equality, "parallel"),
   "long": (tables.benchmark, "long_cpu"),
   "million": (tables.benchmark, "million_cpu"),
+  "plan_v5e": (tables.plan, "plans/pod_v5e"),
   "quickstart": (tables.quickstart, "quickstart"),
   "reliability": (tables.reliability, "reliability"),
   "scaling": (parallel_tables.scaling, "parallel"),

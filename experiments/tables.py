@@ -170,3 +170,26 @@ def reliability(record: dict) -> list[tuple]:
     (("fault", "trials", *trial.OUTCOMES), rows),
     (("held by a run of 5,000 steps", "near step 1,000", "at the end"), held),
   ]
+
+
+def plan(record: dict) -> list[tuple]:
+  """Returns what a training step takes of a pod, of one device."""
+  gib = lambda size: f"{size / 2**30:.2f} GiB"
+  tera = lambda flops: f"{flops / record['devices'] / 1e12:.1f} TFLOP"
+  received = sum(found["bytes"] for found in record["collectives"])
+  rows = [
+    ("peak memory", f"{gib(record['peak_bytes'])}"),
+    ("memory there is", f"{gib(record['limit_bytes'])}"),
+    (
+      "parameters and optimizer",
+      gib(record["parameter_bytes"] + record["optimizer_bytes"]),
+    ),
+    ("work of the model", tera(record["model_flops"])),
+    ("work with what is computed again", tera(record["computed_flops"])),
+    ("received from other devices", f"{received / 2**20:,.0f} MiB"),
+  ]
+  for name, seconds in record["seconds"].items():
+    rows.append((f"estimate: {name}", f"{1e3 * seconds:,.0f} ms"))
+  rows.append(("estimate: share of peak", f"{record['share_of_peak']:.0%}"))
+  name = f"a step on {record['topology']}, {record['window']:,} tokens a window"
+  return [((name, "a device"), rows)]

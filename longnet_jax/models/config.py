@@ -151,7 +151,7 @@ class LongNetConfig:
     if len(lengths) != len(rates):
       raise checked.RefusedError(
         f"dilation_rates has {len(rates)} entries, segment_lengths"
-        f" {len(lengths)}"
+        f" {len(lengths)}; give one rate for each segment length"
       )
     if self.attention == "dilated" and not lengths:
       raise checked.RefusedError(
