@@ -104,12 +104,14 @@ def _fake_devices(shown):
     errors[f"model, {core}"] = _errors(
       f"model, {core}",
       MODEL_MESHES,
-      lambda mesh, core=core, wanted=wanted: equality.largest_error(
-        equality.model_loss(core, mesh), wanted
-      ),
+      functools.partial(_model_error, core, wanted),
       shown,
     )
     yield {"errors": errors}
+
+
+def _model_error(core, wanted, mesh):
+  return equality.largest_error(equality.model_loss(core, mesh), wanted)
 
 
 def _errors(name, meshes, error, shown):

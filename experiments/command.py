@@ -258,12 +258,29 @@ def rounded(value):
   return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def which_checkpoint(text: str) -> int | str:
-  """What --checkpoint says: a step, "latest" or "best"."""
-  if text.isdigit():
-    return int(text)
-  if text not in ("latest", "best"):
+def define_checkpoint() -> Callable[[], int | str]:
+  """The flag --checkpoint; returns what reads a step, "latest" or "best"."""
+  holder = flags.DEFINE_string(
+    "checkpoint", "latest", "latest, best (by validation) or a step"
+  )
+
+  def which():
+    text = holder.value
+    if text.isdigit():
+      return int(text)
+    if text not in ("latest", "best"):
+      raise checked.RefusedError(
+        f"--checkpoint is {checked.shown(text)}; use latest, best or a step"
+      )
+    return text
+
+  return which
+
+
+def trained(workdir: flags.FlagHolder):
+  """The folder that --workdir names, of a training run, or RefusedError."""
+  if workdir.value is None:
     raise checked.RefusedError(
-      f"--checkpoint is {checked.shown(text)}; use latest, best or a step"
+      "--workdir is missing; give the folder of a training run"
     )
-  return text
+  return storage.path(workdir.value)

@@ -34,20 +34,15 @@ _MAX_TOKENS = flags.DEFINE_integer(
   lower_bound=1,
 )
 _MAKE_MESH = command.define_mesh("data", "seq", "model")
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", "latest", "latest, best (by validation) or a step"
-)
+_WHICH = command.define_checkpoint()
 
 
 def main(_) -> int:
   """Evaluates the workdir, and those to compare it with."""
-  if _WORKDIR.value is None:
-    raise checked.RefusedError(
-      "--workdir is missing; give the folder of a training run"
-    )
+  workdir = command.trained(_WORKDIR)
   lengths = [_length(text) for text in _LENGTHS.value]
   mesh = _MAKE_MESH()
-  workdirs = [storage.path(d) for d in (_WORKDIR.value, *_COMPARE.value)]
+  workdirs = [workdir, *map(storage.path, _COMPARE.value)]
   labels = _labels(workdirs)
   records = {}
   with stopping.catch_signals() as caught:
@@ -82,7 +77,7 @@ def evaluate_workdir(
   It ends early where a signal is `caught`.
   """
   with checkpoint.open_to_read(workdir) as checkpoints:
-    step = checkpoints.find(command.which_checkpoint(_CHECKPOINT.value))
+    step = checkpoints.find(_WHICH())
   model, params = checkpoint.load_checkpoint(workdir, step=step, sharding=mesh)
   config = workdir_lib.read_config(workdir, step=step)
   window = config.data.window

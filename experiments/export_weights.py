@@ -34,28 +34,23 @@ _FORMAT = flags.DEFINE_enum(
 _OUT = flags.DEFINE_string(
   "out", None, "folder to write; WORKDIR/FORMAT if not"
 )
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", "latest", "latest, best (by validation) or a step"
-)
+_WHICH = command.define_checkpoint()
 
 
 def main(_) -> None:
   """Reads a checkpoint and writes it as the flags say."""
-  if _WORKDIR.value is None:
-    raise checked.RefusedError(
-      "--workdir is missing; give the folder of a training run"
-    )
-  out = storage.path(_WORKDIR.value) / _FORMAT.value
+  workdir = command.trained(_WORKDIR)
+  out = workdir / _FORMAT.value
   if _OUT.value is not None:
     out = storage.path(_OUT.value)
   if storage.exists(out / "model.safetensors"):
     raise checked.RefusedError(
       f"{out} holds a model.safetensors already; choose another --out"
     )
-  checkpoints = checkpoint.open_to_read(_WORKDIR.value)
-  step = checkpoints.find(command.which_checkpoint(_CHECKPOINT.value))
+  checkpoints = checkpoint.open_to_read(workdir)
+  step = checkpoints.find(_WHICH())
   settings = checkpoints.restore_json(step, "config")
-  config, params = checkpoint.load_checkpoint(_WORKDIR.value, step=step)
+  config, params = checkpoint.load_checkpoint(workdir, step=step)
   (kind,) = checkpoint.MODEL_KEYS.keys() & settings.keys()
   if _FORMAT.value == "torchscale":
     # Of an imported encoder a checkpoint holds nothing but the model.
@@ -69,7 +64,7 @@ def main(_) -> None:
     # Other tools ask whose axes these are.
     "model.safetensors": safetensors_numpy.save(state, {"format": "pt"}),
   }
-  tokenizer = workdir_lib.tokenizer_path(_WORKDIR.value)
+  tokenizer = workdir_lib.tokenizer_path(workdir)
   if storage.exists(tokenizer):
     files["tokenizer.json"] = storage.read(tokenizer)
   storage.make_dir(out)

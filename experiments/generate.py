@@ -35,23 +35,18 @@ _TOP_P = flags.DEFINE_float(
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 _CHUNK = flags.DEFINE_integer("chunk", 512, "prompt tokens computed at once")
 _MAKE_MESH = command.define_mesh("seq", "model")
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", "latest", "latest, best (by validation) or a step"
-)
+_WHICH = command.define_checkpoint()
 
 
 def main(_) -> None:
   """Writes the continuation of the prompt."""
-  if _WORKDIR.value is None:
-    raise checked.RefusedError(
-      "--workdir is missing; give the folder of a training run"
-    )
+  workdir = command.trained(_WORKDIR)
   text = _read_prompt()
   mesh = _MAKE_MESH()
-  which = {"step": command.which_checkpoint(_CHECKPOINT.value)}
-  settings = workdir_lib.read_config(_WORKDIR.value, **which)
-  tokenizer = workdir_lib.load_tokenizer(_WORKDIR.value, **which)
-  config, params = checkpoint.load_checkpoint(_WORKDIR.value, **which)
+  which = {"step": _WHICH()}
+  settings = workdir_lib.read_config(workdir, **which)
+  tokenizer = workdir_lib.load_tokenizer(workdir, **which)
+  config, params = checkpoint.load_checkpoint(workdir, **which)
   # A document begins with the separator in training as well.
   prompt = np.concatenate([[tokenizer.separator_id], tokenizer.encode(text)])
   _warn(f"prompt: {len(prompt):,} tokens")

@@ -77,19 +77,13 @@ def evaluate(
     rows = _batch_size(config, mesh, length, batch_tokens)
     numbers = _windows(windows, length, lengths[-1], max_tokens)
     sums[length] = np.zeros((3, len(edges) - 1))
-    for start in range(0, len(numbers), rows):
-      chosen = numbers[start : start + rows]
-      batch = _rows(windows, chosen, rows)
+    for share, batch, found in _batches(windows, numbers, rows, places):
       placed = sharding.place_batch(batch, mesh, rows)
       losses = np.asarray(score(params, placed), np.float64)
-      found = (
-        places.find(chosen, rows, length) if places else batch["positions"]
-      )
-      found = np.where(batch["weights"] > 0, found, -1)
       sums[length] += _histograms(
         losses, batch["targets"], found, tokenizer.byte_lengths, edges
       )
-      if stopped := stop(length, min(1, (start + rows) / len(numbers))):
+      if stopped := stop(length, share):
         break
     if stopped:
       break
@@ -171,6 +165,22 @@ def _windows(source, length: int, longest: int, max_tokens: int) -> list[int]:
   for start in starts.tolist():
     numbers.update(range(start // length, -(-(start + longest) // length)))
   return sorted(n for n in numbers if n < source.num_windows)
+
+
+def _batches(source, numbers, rows: int, places):
+  """Yields batches of windows, and the share that is done after each.
+
+  With them the position of each token, that of `places` if there are any; -1
+  where it does not count.
+  """
+  for start in range(0, len(numbers), rows):
+    chosen = numbers[start : start + rows]
+    batch = _rows(source, chosen, rows)
+    found = batch["positions"]
+    if places:
+      found = places.find(chosen, rows, source.window)
+    share = min(1, (start + rows) / len(numbers))
+    yield share, batch, np.where(batch["weights"] > 0, found, -1)
 
 
 def _rows(source, numbers, rows: int) -> dict[str, np.ndarray]:

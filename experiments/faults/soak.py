@@ -1,5 +1,6 @@
 """A long run, in which nothing may grow and nothing be compiled again."""
 
+import io
 import os
 import pathlib
 import re
@@ -53,14 +54,15 @@ def _train(config: str, workdir: str, compiled: str) -> dict[int, dict]:
   return meter.samples
 
 
-class _Meter:
+class _Meter(io.TextIOBase):
   """A stream of progress lines that measures its process at each of them."""
 
   def __init__(self):
+    super().__init__()
     self.samples, self._compiled = {}, 0
     jax.monitoring.register_event_duration_secs_listener(self._count)
 
-  def write(self, text: str) -> None:
+  def write(self, text: str) -> int:
     """Measures once the text says which step is done."""
     if found := re.match(r"step (\d+)/", text):
       self.samples[int(found[1])] = {
@@ -69,13 +71,7 @@ class _Meter:
         "threads": len(os.listdir("/proc/self/task")),
         "programs compiled": self._compiled,
       }
-
-  def flush(self) -> None:
-    """Has nothing to write."""
-
-  def isatty(self) -> bool:
-    """Lines, not a bar."""
-    return False
+    return len(text)
 
   def _count(self, event, *_, **__):
     self._compiled += event == _COMPILED

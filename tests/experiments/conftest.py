@@ -1,4 +1,8 @@
+import jax
+import numpy as np
 import pytest
+
+from longnet_jax.models import transformer
 
 TINY = """
 from configs import base
@@ -31,3 +35,22 @@ def config_file(tmp_path_factory):
   cache = tmp_path_factory.mktemp("cache")
   path.write_text(TINY.format(folder=str(folder), cache=str(cache)))
   return path
+
+
+@pytest.fixture(scope="session")
+def random_parameters():
+  """Makes the parameters of a decoder from its config, float32."""
+
+  def make(config, scale=1.0):
+    abstract = jax.eval_shape(
+      transformer.LongNetLM(config).init,
+      jax.random.key(0),
+      np.zeros((1, 1), np.int32),
+    )["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+      lambda x: np.float32(scale) * rng.normal(size=x.shape).astype(np.float32),
+      abstract,
+    )
+
+  return make

@@ -14,7 +14,6 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from longnet_jax.models import config as config_lib
-from longnet_jax.models import transformer
 from longnet_jax.training import checkpoint
 
 _ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -31,18 +30,10 @@ _CONFIG = config_lib.LongNetConfig(
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory):
+def imported(tmp_path_factory, random_parameters):
   """A workdir with a model that torchscale has not, and its parameters."""
   workdir = tmp_path_factory.mktemp("imported")
-  abstract = jax.eval_shape(
-    transformer.LongNetLM(_CONFIG).init,
-    jax.random.key(0),
-    np.zeros((1, 1), np.int32),
-  )["params"]
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda x: rng.normal(size=x.shape).astype(np.float32), abstract
-  )
+  params = random_parameters(_CONFIG)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     settings = {"model": dataclasses.asdict(_CONFIG)}
     checkpoints.save_params(params, {"config": settings})

@@ -14,7 +14,7 @@ from safetensors import numpy as safetensors_numpy
 import longnet_jax
 from longnet_jax.interop import keywords, torchscale
 from longnet_jax.models import config as model_config
-from longnet_jax.models import slide_encoder, transformer
+from longnet_jax.models import slide_encoder
 
 _ROOT = pathlib.Path(__file__).parent.parent.parent
 _GOLDEN = _ROOT / "tests" / "golden"
@@ -85,7 +85,7 @@ def test_slide_encoder_from_pth_to_embedding(tmp_path):
   assert record["hardware"]["cpu_cores"] >= 1
 
 
-def test_decoder_can_be_evaluated_and_continued(tmp_path):
+def test_decoder_can_be_evaluated_and_continued(tmp_path, random_parameters):
   config = model_config.LongNetConfig(
     vocab_size=264,
     num_layers=1,
@@ -96,15 +96,7 @@ def test_decoder_can_be_evaluated_and_continued(tmp_path):
     dilation_rates=(1, 2),
     max_positions=64,
   )
-  abstract = jax.eval_shape(
-    transformer.LongNetLM(config).init,
-    jax.random.key(0),
-    np.zeros((1, 1), np.int32),
-  )["params"]
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), abstract
-  )
+  params = random_parameters(config, 0.1)
   source, settings = tmp_path / "a.safetensors", tmp_path / "a.json"
   safetensors_numpy.save_file(torchscale.export(config, params), source)
   settings.write_text(json.dumps(keywords.export(config, decoder=True)))

@@ -56,6 +56,10 @@ class Mask(NamedTuple):
   dropout_rate: float = 0.0
 
 
+def _supports_all(query, key, mask, dlse=None) -> None:
+  """Objects to nothing."""
+
+
 class Kernel(NamedTuple):
   """Two functions that compute the above; results are float32 or wider.
 
@@ -75,7 +79,7 @@ class Kernel(NamedTuple):
 
   forward: Callable
   backward: Callable
-  supports: Callable = lambda query, key, mask, dlse=None: None
+  supports: Callable = _supports_all
   at_once: int = 0
 
 

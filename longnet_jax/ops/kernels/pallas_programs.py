@@ -26,14 +26,32 @@ _LOG2E = math.log2(math.e)
 _LOWEST = float(np.finfo(np.float32).min)
 
 
+class Cut(NamedTuple):
+  """How the queries or the keys of a sequence are cut.
+
+  rows: of the sequence, filled up to whole tiles.
+  tile: rows that lie in VMEM at once; whole blocks.
+  block: rows that meet at once.
+  half: whether half a block may meet.
+  """
+
+  rows: int
+  tile: int
+  block: int
+  half: bool
+
+  @property
+  def tiles(self) -> int:
+    """Tiles in a sequence."""
+    return self.rows // self.tile
+
+
 class Plan(NamedTuple):
-  """How one call is cut; all of it is static.
+  """How one call is computed; all of it is static.
 
   batch, segments, heads, group: of the arrays; query heads of a key head.
-  rows, keys, width: of a sequence and of a head, filled up.
-  block, key_block: rows that meet at once.
-  tile, key_tile: rows that lie in VMEM at once; whole blocks.
-  half: whether half a block may meet.
+  width: of a head, filled up.
+  queries, keys: how either is cut.
   down: whether heads lie along the sublanes, rows along the lanes.
   is_causal, has_length, scale: of the mask, and of scores.
   """
@@ -42,28 +60,13 @@ class Plan(NamedTuple):
   segments: int
   heads: int
   group: int
-  rows: int
-  keys: int
   width: int
-  block: int
-  key_block: int
-  tile: int
-  key_tile: int
-  half: bool
+  queries: Cut
+  keys: Cut
   down: bool
   is_causal: bool
   has_length: bool
   scale: float
-
-  @property
-  def tiles(self) -> int:
-    """Tiles of queries in a sequence."""
-    return self.rows // self.tile
-
-  @property
-  def key_tiles(self) -> int:
-    """Tiles of keys in a sequence."""
-    return self.keys // self.key_tile
 
   def shape(self, rows: int) -> tuple[int, int]:
     """Returns the shape of rows of one head, as they lie."""
@@ -96,7 +99,7 @@ def forward(scalars, query, key, value, *refs, plan):
   """Grid (B, N, S, tiles, key tiles); scratch is the state of a tile."""
   *ids, out, lse, top, total, acc = refs
   b, n, s, i, j = map(pl.program_id, range(5))
-  row, column = scalars[0] + i * plan.tile, j * plan.key_tile
+  row, column = scalars[0] + i * plan.queries.tile, j * plan.keys.tile
   length = plan.length(scalars, b, n, s)
   step = _Step(plan, query, key, ids, row, column, length)
 
@@ -105,12 +108,12 @@ def forward(scalars, query, key, value, *refs, plan):
     for ref, start in ((top, _LOWEST), (total, 0.0), (acc, 0.0)):
       ref[...] = jnp.full(ref.shape, start)
 
-  @pl.loop(0, plan.tile // plan.block)
+  @pl.loop(0, plan.queries.tile // plan.queries.block)
   def _(block):
-    start = block * plan.block
+    start = block * plan.queries.block
 
     def meet(c, masked, diagonal):
-      parts = _parts(plan, c, start, diagonal, plan.half)
+      parts = _parts(plan, c, start, diagonal, plan.keys.half)
       # All scores first: the second half is multiplied while the exponentials
       # of the first are taken.
       scores = [_scores(step, *part, masked, diagonal) for part in parts]
@@ -126,9 +129,9 @@ def forward(scalars, query, key, value, *refs, plan):
 
     _over_keys(step, start, meet)
 
-    @pl.when(j == plan.key_tiles - 1)
+    @pl.when(j == plan.keys.tiles - 1)
     def _():
-      rows = _span(start, plan.block)
+      rows = _span(start, plan.queries.block)
       some = total[:, rows] > 0
       sums = jnp.where(some, total[:, rows], 1.0)
       found = acc[:, rows] * (1 / sums)
@@ -147,24 +150,24 @@ def backward(scalars, query, key, value, out, lse, dout, *refs, plan, has_dlse):
   *ids, dquery, dkey, dvalue = refs
   b, n, s, j, g, i = map(pl.program_id, range(6))
   dquery = dquery.at[g]
-  row, column = scalars[0] + i * plan.tile, j * plan.key_tile
+  row, column = scalars[0] + i * plan.queries.tile, j * plan.keys.tile
   length = plan.length(scalars, b, n * plan.group + g, s)
   step = _Step(plan, query, key, ids, row, column, length)
   h = 0 if plan.down else 1
 
   @pl.when(j == 0)
   def _():
-    zeros = jnp.zeros(plan.shape(plan.tile), jnp.float32)
-    _write(plan, dquery, _span(i * plan.tile, plan.tile), zeros)
+    zeros = jnp.zeros(plan.shape(plan.queries.tile), jnp.float32)
+    _write(plan, dquery, _span(i * plan.queries.tile, plan.queries.tile), zeros)
 
   @pl.when((g == 0) & (i == 0))
   def _():
     dkey[...] = dvalue[...] = jnp.zeros(dkey.shape, jnp.float32)
 
-  @pl.loop(0, plan.tile // plan.block)
+  @pl.loop(0, plan.queries.tile // plan.queries.block)
   def _(block):
-    start = block * plan.block
-    rows = _span(start, plan.block)
+    start = block * plan.queries.block
+    rows = _span(start, plan.queries.block)
     delta = _read(plan, out, rows).astype(jnp.float32)
     delta *= _read(plan, dout, rows).astype(jnp.float32)
     delta = (delta if plan.down else delta.T).sum(0, keepdims=True)
@@ -179,7 +182,7 @@ def backward(scalars, query, key, value, out, lse, dout, *refs, plan, has_dlse):
         do = _read(plan, dout, rows).astype(q.dtype)
         scores = _scores(step, rows, keys, masked, diagonal)
         weights = jnp.exp2(scores - lse[:, rows] * _LOG2E)
-        rest = delta[:, plan.block - rows.size :]
+        rest = delta[:, plan.queries.block - rows.size :]
         dscores = weights * (_dot(v, do, h, h) - rest) * plan.scale
         weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
         if plan.down:
@@ -188,7 +191,7 @@ def backward(scalars, query, key, value, out, lse, dout, *refs, plan, has_dlse):
         else:
           dq, dk, dv = _dot(dscores, k, 0, 0), (dscores, q), (weights, do)
           dk, dv = _dot(*dk, 1, 0), _dot(*dv, 1, 0)
-        place = _span(i * plan.tile + rows.start, rows.size)
+        place = _span(i * plan.queries.tile + rows.start, rows.size)
         for ref, where, x in (
           (dquery, place, dq),
           (dkey, keys, dk),
@@ -210,8 +213,8 @@ def _over_keys(step, start, meet):
     start: of the block of queries in its tile.
     meet: takes the number of a block in its tile, and two static booleans.
   """
-  plan, size = step.plan, np.int32(step.plan.key_block)
-  below, seen = step.row + start - step.column, plan.key_tile
+  plan, size = step.plan, np.int32(step.plan.keys.block)
+  below, seen = step.row + start - step.column, plan.keys.tile
   if plan.is_causal:
     seen = jnp.clip(below, 0, seen)
   if plan.has_length:
@@ -224,7 +227,7 @@ def _over_keys(step, start, meet):
     pl.loop(whole, end)(lambda c: meet(c, True, False))
   if plan.is_causal:
 
-    @pl.when((below >= 0) & (below < plan.key_tile))
+    @pl.when((below >= 0) & (below < plan.keys.tile))
     def _():
       meet(lax.div(below, size), masked, True)
 
@@ -234,14 +237,14 @@ def _parts(plan, c, start, diagonal, halves):
 
   On the diagonal the second half of the keys meets that of the queries alone.
   """
-  first, size = c * plan.key_block, plan.key_block
-  if not (plan.half and (halves or diagonal)):
-    return [(_span(start, plan.block), _span(first, size))]
+  first, size = c * plan.keys.block, plan.keys.block
+  if not (plan.keys.half and (halves or diagonal)):
+    return [(_span(start, plan.queries.block), _span(first, size))]
   half = size // 2
   skip = half if diagonal else 0
   return [
-    (_span(start, plan.block), _span(first, half)),
-    (_span(start + skip, plan.block - skip), _span(first + half, half)),
+    (_span(start, plan.queries.block), _span(first, half)),
+    (_span(start + skip, plan.queries.block - skip), _span(first + half, half)),
   ]
 
 

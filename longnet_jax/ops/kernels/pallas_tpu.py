@@ -91,13 +91,12 @@ def _placing(query, platform):
 
 
 class _Side(NamedTuple):
-  """Queries or keys: rows of a sequence and of a tile, and which tile is next.
+  """Queries or keys: how they are cut, and which tile is next.
 
   where: (*indices of a grid, scalars) -> example, head, tile of all sequences.
   """
 
-  rows: int
-  tile: int
+  cut: programs.Cut
   where: Callable
 
 
@@ -106,28 +105,38 @@ def _forward(query, key, value, mask, *, scale):
   plan = _plan(query, key, mask, scale)
 
   def of_rows(b, n, s, i, j, scalars):
-    return b, n, s * plan.tiles + i
+    return b, n, s * plan.queries.tiles + i
 
   def of_keys(b, n, s, i, j, scalars):
-    if plan.key_tiles > 1:
-      seen = (i + 1) * plan.tile if plan.is_causal else plan.keys
+    if plan.keys.tiles > 1:
+      seen = (i + 1) * plan.queries.tile if plan.is_causal else plan.keys.rows
       if plan.has_length:
         seen = jnp.minimum(seen, plan.length(scalars, b, n, s))
-      j = jnp.minimum(j, _div(jnp.maximum(seen - 1, 0), plan.key_tile))
-    return b, _div(n, plan.group), s * plan.key_tiles + j
+      j = jnp.minimum(j, _div(jnp.maximum(seen - 1, 0), plan.keys.tile))
+    return b, _div(n, plan.group), s * plan.keys.tiles + j
 
-  rows = _Side(plan.rows, plan.tile, of_rows)
-  keys = _Side(plan.keys, plan.key_tile, of_keys)
+  rows = _Side(plan.queries, of_rows)
+  keys = _Side(plan.keys, of_keys)
   shapes = query.shape, query.shape[:4]
   return _run(
     plan,
     "longnet_forward",
     programs.forward,
-    grid=(plan.batch, plan.heads, plan.segments, plan.tiles, plan.key_tiles),
+    grid=(
+      plan.batch,
+      plan.heads,
+      plan.segments,
+      plan.queries.tiles,
+      plan.keys.tiles,
+    ),
     scalars=_scalars(plan, key, mask),
     given=[(query, rows), (key, keys), (value, keys), *_ids(mask, rows, keys)],
     results=[(shape, rows, _spec(plan, shape, rows)) for shape in shapes],
-    scratch=[(1, plan.tile), (1, plan.tile), (plan.width, plan.tile)],
+    scratch=[
+      (1, plan.queries.tile),
+      (1, plan.queries.tile),
+      (plan.width, plan.queries.tile),
+    ],
   )
 
 
@@ -167,20 +176,24 @@ def _backward_part(key, value, mask, scale, part, first):
   plan = _plan(query, key, mask, scale)
 
   def of_rows(b, n, s, j, g, i, scalars):
-    if plan.is_causal and plan.key_tiles > 1:
-      below = jnp.maximum(j * plan.key_tile - scalars[0], 0)
-      i = jnp.maximum(i, jnp.minimum(_div(below, plan.tile), plan.tiles - 1))
-    return b, n * plan.group + g, s * plan.tiles + i
+    if plan.is_causal and plan.keys.tiles > 1:
+      below = jnp.maximum(j * plan.keys.tile - scalars[0], 0)
+      i = jnp.maximum(
+        i, jnp.minimum(_div(below, plan.queries.tile), plan.queries.tiles - 1)
+      )
+    return b, n * plan.group + g, s * plan.queries.tiles + i
 
   def of_keys(b, n, s, j, g, i, scalars):
-    return b, n, s * plan.key_tiles + j
+    return b, n, s * plan.keys.tiles + j
 
   def of_group(b, n, s, j, g, i, scalars):
     return (b, n, 0, s) if plan.down else (b, n, s, 0)
 
-  rows = _Side(plan.rows, plan.tile, of_rows)
-  keys = _Side(plan.keys, plan.key_tile, of_keys)
-  whole = pl.BlockSpec((None, plan.group, *plan.shape(plan.rows)), of_group)
+  rows = _Side(plan.queries, of_rows)
+  keys = _Side(plan.keys, of_keys)
+  whole = pl.BlockSpec(
+    (None, plan.group, *plan.shape(plan.queries.rows)), of_group
+  )
   dkey = key.shape, keys, _spec(plan, key.shape, keys)
   terms = [x for x in (out, lse, dout, dlse) if x is not None]
   given = [(query, rows), (key, keys), (value, keys)]
@@ -190,7 +203,7 @@ def _backward_part(key, value, mask, scale, part, first):
     functools.partial(programs.backward, has_dlse=dlse is not None),
     grid=(
       *(plan.batch, plan.heads // plan.group, plan.segments),
-      *(plan.key_tiles, plan.group, plan.tiles),
+      *(plan.keys.tiles, plan.group, plan.queries.tiles),
     ),
     scalars=_scalars(plan, key, mask, first),
     given=[*given, *((x, rows) for x in terms), *_ids(mask, rows, keys)],
@@ -222,7 +235,9 @@ def _run(plan, name, program, grid, scalars, given, results, scratch=()):
     for x in results
   ]
   products = len(results) + len(results) // 3 * 2  # 2 forward, 5 backward
-  pairs = plan.batch * plan.heads * plan.segments * plan.rows * plan.keys
+  pairs = (
+    plan.batch * plan.heads * plan.segments * plan.queries.rows * plan.keys.rows
+  )
   pairs //= 1 + plan.is_causal
   make = functools.partial(
     pl.pallas_call,
@@ -257,35 +272,30 @@ def _run(plan, name, program, grid, scalars, given, results, scratch=()):
 
 def _plan(query, key, mask, scale):
   batch, segments, rows, heads, width = query.shape
-  keys, kv_heads = key.shape[2:4]
-
-  def cut(rows):
-    block = min(SIZES.block, _filled(rows, SIZES.lanes))
-    tiles = -(-rows // SIZES.tile)
-    tile = _filled(-(-rows // tiles), block)
-    return tiles * tile, block, tile
-
-  rows, block, tile = cut(rows)
-  filled, key_block, key_tile = cut(keys)
+  size, kv_heads = key.shape[2:4]
+  keys = _cut(size)
   return programs.Plan(
     batch=batch,
     segments=segments,
     heads=heads,
     group=heads // kv_heads,
-    rows=rows,
-    keys=filled,
     width=_filled(width, 16),
-    block=block,
-    key_block=key_block,
-    tile=tile,
-    key_tile=key_tile,
-    half=key_block % (2 * SIZES.lanes) == 0,
+    queries=_cut(rows),
+    keys=keys,
     down=width % 128 != 0,
     is_causal=mask.is_causal,
     has_length=mask.lengths is not None
-    or (filled > keys and not mask.is_causal),
+    or (keys.rows > size and not mask.is_causal),
     scale=scale,
   )
+
+
+def _cut(rows):
+  block = min(SIZES.block, _filled(rows, SIZES.lanes))
+  tiles = -(-rows // SIZES.tile)
+  tile = _filled(-(-rows // tiles), block)
+  half = block % (2 * SIZES.lanes) == 0
+  return programs.Cut(tiles * tile, tile, block, half)
 
 
 def _scalars(plan, key, mask, first=0):
@@ -308,16 +318,16 @@ def _ids(mask, rows, keys):
 def _lying(plan, shape, side):
   """Returns the shape that an array (B, S, M, N, ...) lies in."""
   batch, segments, _, heads = shape[:4]
-  rows = segments * side.rows
+  rows = segments * side.cut.rows
   return batch, heads, *((1, rows) if len(shape) == 4 else plan.shape(rows))
 
 
 def _lay(plan, x, side):
   """Returns an array (B, S, M, N, ...) as it lies, filled up with zeros."""
   batch, segments, _, heads = x.shape[:4]
-  x = _pad(x, 2, side.rows)
+  x = _pad(x, 2, side.cut.rows)
   # Joined first: this undoes how segments were cut, and no copy is left.
-  rows = batch, segments * side.rows, heads
+  rows = batch, segments * side.cut.rows, heads
   if x.ndim == 4:
     return x.reshape(rows).transpose(0, 2, 1)[:, :, None]
   x = _pad(x, 4, plan.width).reshape(*rows, plan.width)
@@ -343,7 +353,7 @@ def _spec(plan, shape, side):
     b, n = b if examples > 1 else 0, n if heads > 1 else 0
     return (b, n, 0, tile) if is_vector or plan.down else (b, n, tile, 0)
 
-  block = (1, side.tile) if is_vector else plan.shape(side.tile)
+  block = (1, side.cut.tile) if is_vector else plan.shape(side.cut.tile)
   return pl.BlockSpec((None, None, *block), index)
 
 
