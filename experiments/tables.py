@@ -13,14 +13,12 @@ _REACH = ("longest segment", "pairs that layers connect")
 def quickstart(record: dict) -> list[tuple]:
   """Returns bits per byte of the quickstart model, and what context adds."""
   rows = [
-    (f"LongNet, context {score['length']:,}", f"{score['bits_per_byte']:.3f}")
+    (f"LongNet, context {score['length']:,}", f"{score['bits_per_byte']:.4f}")
     for score in record["lengths"]
   ]
-  rows.append(("byte trigram", f"{record['trigram_bits_per_byte']:.3f}"))
-  found = [(("model", f"bits per byte, {record['split']} split"), rows)]
-  if "cut_to" in record:
-    found.append(_by_position(record))
-  return found
+  rows.append(("byte trigram", f"{record['trigram_bits_per_byte']:.4f}"))
+  head = "model", f"bits per byte, {record['split']} split"
+  return [(head, rows), _by_position(record)]
 
 
 def _by_position(record):
@@ -35,9 +33,9 @@ def _by_position(record):
   rows = [
     (
       f"{row['from']:,} to {row['to'] - 1:,}",
-      f"{row['bits_per_byte']:.3f}",
-      f"{row['cut_bits_per_byte']:.3f}",
-      f"{row['context_worth']:.3f}",
+      f"{row['bits_per_byte']:.4f}",
+      f"{row['cut_bits_per_byte']:.4f}",
+      f"{row['context_worth']:.4f}",
     )
     for row in record["positions"]
   ]

@@ -91,7 +91,7 @@ def table(evaluation: Evaluation) -> str:
   lines += _position_lines(evaluation)
   if evaluation.trigram_bits_per_byte is not None:
     lines.append(
-      f"a byte trigram reaches {evaluation.trigram_bits_per_byte:.3f} "
+      f"a byte trigram reaches {evaluation.trigram_bits_per_byte:.4f} "
       f"bits/byte on the {evaluation.split} split"
     )
   return "\n".join(lines)
@@ -99,8 +99,7 @@ def table(evaluation: Evaluation) -> str:
 
 def _position_lines(evaluation: Evaluation) -> Iterator[str]:
   """The same tokens with more and with less context, where there is less."""
-  cut = evaluation.by_position_cut
-  if not cut:
+  if not evaluation.by_position_cut:
     yield "a second, shorter context would show what context is worth"
     return
   shortest, longest = min(evaluation.by_length), max(evaluation.by_length)
@@ -109,11 +108,12 @@ def _position_lines(evaluation: Evaluation) -> Iterator[str]:
     f"{'position':>15}  {f'of {longest:,}':>10}  {f'of {shortest:,}':>10}"
     f"  {'worth':>8}  {'tokens':>10}"
   )
-  for (first, end), score in evaluation.by_position.items():
-    full, less = score.bits_per_byte, cut[first, end].bits_per_byte
+  for row in evaluation.to_dict()["positions"]:
+    span = f"{row['from']:,}-{row['to'] - 1:,}"
     yield (
-      f"{f'{first:,}-{end - 1:,}':>15}  {full:10.4f}  {less:10.4f}"
-      f"  {less - full:8.4f}  {score.tokens:10,}"
+      f"{span:>15}  {row['bits_per_byte']:10.4f}"
+      f"  {row['cut_bits_per_byte']:10.4f}  {row['context_worth']:8.4f}"
+      f"  {row['tokens']:10,}"
     )
 
 
