@@ -17,13 +17,7 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from longnet_jax.ops import (
-  arguments,
-  mixture,
-  placement,
-  reference,
-  sharded,
-)
+from longnet_jax.ops import arguments, mixture, reference, sharded
 
 
 def dilated_attention(
@@ -136,7 +130,7 @@ def dilated_attention(
   )
   if implementation == "reference":
     run = functools.partial(reference.attend, settings)
-    out, lse = placement.like_query(run, tensors[0], True)(inputs)
+    out, lse = _placed(run, tensors[0], True)(inputs)
     out = out.astype(tensors[0].dtype)
   else:
     layout = axis_name
@@ -150,11 +144,35 @@ def dilated_attention(
       mixture.attend, settings, layout, return_residual=return_residual
     )
     with arguments.forward_mode_explained():
-      placed = placement.like_query(run, tensors[0], return_residual)
-      out, lse = placed(inputs)
+      out, lse = _placed(run, tensors[0], return_residual)(inputs)
   if single:
     out, lse = jax.tree.map(lambda x: x[0], (out, lse))
   return (out, lse) if return_residual else out
+
+
+def _placed(run, query, has_lse):
+  """Returns `run`, whose out and lse lie in a caller's mesh where query does.
+
+  Where axes are explicit, JAX's default, each operation must say where its
+  result lies: that is said once, and all between left to the compiler, as in a
+  mesh of automatic axes.
+
+  Args:
+    run: a function of any arrays to (out, lse).
+    query: (B, T, N, H); out is such an array, lse (B, T, N).
+    has_lse: whether lse is an array, not None.
+  """
+  where = jax.typeof(query).sharding
+  axes = zip(where.mesh.axis_names, where.mesh.axis_types, strict=True)
+  kinds = jax.sharding.AxisType
+  explicit = tuple(name for name, kind in axes if kind == kinds.Explicit)
+  if not explicit:
+    return run
+  rows = jax.sharding.PartitionSpec(*where.spec[:3])
+  of_lse = jax.sharding.NamedSharding(where.mesh, rows) if has_lse else None
+  return jax.sharding.auto_axes(
+    run, axes=explicit, out_sharding=(where, of_lse)
+  )
 
 
 def mixing_weights(
