@@ -144,10 +144,11 @@ def draw(records: dict[str, dict], path) -> None:
       )
       by_position.plot(ends, [r["cut_bits_per_byte"] for r in rows], **style)
   trigram_bits = next(iter(records.values()))["trigram_bits_per_byte"]
-  for axes in (by_length, by_position):
+  for axes, part in ((by_length, "lengths"), (by_position, "positions")):
     if trigram_bits is not None:
       axes.axhline(trigram_bits, color="grey", ls=":", label="byte trigram")
-    axes.set_xscale("log", base=2)
+    if any(record[part] for record in records.values()):
+      axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
   by_length.set(

@@ -212,3 +212,12 @@ def test_one_length_says_nothing_of_context(evaluation, tmp_path):
   assert record["cut_to"] is None
   assert "context_worth" not in record["positions"][0]
   scores.draw({"one": record}, tmp_path / "e.png")
+
+
+def test_what_was_stopped_has_a_picture_without_positions(evaluation, tmp_path):
+  stopped = dataclasses.replace(
+    evaluation, by_position={}, by_position_cut={}, trigram_bits_per_byte=None
+  )
+  record = scores.write(stopped, tmp_path / "e.json")
+  scores.draw({"one": record}, tmp_path / "e.png")
+  assert (tmp_path / "e.png").stat().st_size > 5000

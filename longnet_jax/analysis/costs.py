@@ -141,18 +141,20 @@ def computed_flops(config, length: int) -> int:
   """Returns the FLOPs of a training step as computed, a window of `length`.
 
   Beside those of `train_flops`, scores are computed a second time backward, and
-  so are logits, and with remat="full" all that a block computes forward; with
-  "dots" its attention alone.
+  with remat="full" all that a block computes forward; with "dots" the first
+  half of its feed-forward layer.
 
   Args:
     config: a `LongNetConfig`.
     length: positions of the window.
   """
   projections, logits, pairs = _forward(config, length)
-  blocks = 3 + (config.remat == "full")
-  attention = 4 * (1 + (config.remat != "none")) + 10
-  scores = attention * config.head_dim * pairs
-  return 2 * (blocks * projections + 4 * logits) + scores
+  again = config.remat == "full"
+  scores = (4 * (1 + again) + 10) * config.head_dim * pairs
+  products = (3 + again) * projections + 3 * logits
+  if config.remat == "dots":
+    products += config.num_layers * config.model_dim * config.ffn_dim * length
+  return 2 * products + scores
 
 
 def attention_pairs(config, length: int) -> int:

@@ -5,12 +5,21 @@ from typing import Protocol, runtime_checkable
 
 from flax import linen as nn
 import jax
+from jax import ad_checkpoint
 from jaxtyping import Array, Float, Int
 
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import layers
-from longnet_jax.ops import dilated_attention, rotary, sparse_attention
+from longnet_jax.ops import (
+  dilated_attention,
+  kernels,
+  rotary,
+  sparse_attention,
+)
 from longnet_jax.parallel import sequence
+
+# Names what is projected before and after attention, for policies that keep it.
+PROJECTED = "longnet_projected"
 
 
 @runtime_checkable
@@ -87,16 +96,18 @@ def make_rotation(
   """Returns the rotary tables at `positions`, shared by all layers."""
   if config.position == "none":
     return None
-  if config.position == "rope":
-    return rotary.rope(
-      positions, head_dim=config.head_dim, base=config.rotary_base
-    )
-  return rotary.xpos(
-    positions,
+  sizes = dict(
     head_dim=config.head_dim,
     base=config.rotary_base,
+    both=kernels.platform() == "tpu",
+  )
+  if config.position == "rope":
+    return rotary.rope(positions, **sizes)
+  return rotary.xpos(
+    positions,
     scale_base=config.xpos_scale_base,
     centre=config.max_positions // 2,
+    **sizes,
   )
 
 
@@ -126,13 +137,18 @@ class MultiHeadAttention(nn.Module):
     if rotation is not None:
       query = rotary.rotate_query(query, rotation)
       key = rotary.rotate_key(key, rotation)
-    return query, key, value
+    return tuple(map(_named, (query, key, value)))
 
   def output(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     """Returns the update of the residual stream."""
     if self.config.sub_layernorm:
       attended = self.norm(attended)
-    return self.out(attended)
+    return _named(self.out(attended))
+
+
+def _named(x):
+  """Names a result that backward need not compute again."""
+  return ad_checkpoint.checkpoint_name(x, PROJECTED)
 
 
 def _dense_attention(attend, query, key, value, **options):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longnet_jax.models import config as config_lib
+from longnet_jax.ops import chunks
 
 
 def linear(
@@ -70,6 +71,18 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Returns the update of the residual stream."""
+    if not 0 < self.config.ffn_chunk < x.shape[1]:
+      return self._rows(x)
+    cut, join = chunks.make_cut(x.shape[1], self.config.ffn_chunk)
+    # Backward computes a chunk again, and nothing else of it is kept.
+    scan = nn.scan(
+      nn.remat(lambda self, _, x: (None, self._rows(x)), prevent_cse=False),
+      variable_broadcast="params",
+      split_rngs={"params": False},
+    )
+    return join(scan(self, None, cut(x))[1])
+
+  def _rows(self, x):
     config = self.config
     gain = initial_gain(config)
     width, hidden = (config.model_dim,), (config.ffn_dim,)

@@ -14,7 +14,7 @@ import numpy as np
 from longnet_jax import checked
 from longnet_jax.models import attention, layers
 from longnet_jax.models import config as config_lib
-from longnet_jax.ops import rotary
+from longnet_jax.ops import mixture, rotary
 
 
 class Block(nn.Module):
@@ -354,7 +354,9 @@ def _rematerialized(body, config):
   policies = jax.checkpoint_policies
   policy = {
     "full": policies.nothing_saveable,
-    "dots": policies.dots_with_no_batch_dims_saveable,
+    "dots": policies.save_only_these_names(
+      attention.PROJECTED, mixture.ATTENDED
+    ),
   }[config.remat]
   # A loop already keeps XLA from merging the two computations of a block.
   return nn.remat(body, policy=policy, prevent_cse=not config.scan_layers)

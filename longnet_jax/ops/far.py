@@ -226,7 +226,7 @@ def _device(call: near.Call):
 def _cut(call: near.Call, far: sharded.Far, phases):
   """Returns how the device's rows are cut; phases (K, G) as of segments."""
   rotated = _rotated(call, far, _device(call)[None], phases)
-  return selection.Cut(far.piece, far.r, rotated[0], call.dense)
+  return selection.Cut(far.piece, far.r, rotated[0], call.way)
 
 
 def _rotated(call: near.Call, far: sharded.Far, devices, phases):

@@ -20,7 +20,7 @@ import functools
 import math
 
 import jax
-from jax import lax
+from jax import ad_checkpoint, lax
 from jax import numpy as jnp
 
 from longnet_jax.ops import arguments, attention, far, kernels, sharded
@@ -32,6 +32,8 @@ WINDOW = {"cpu": 2**23, "gpu": 2**26, "tpu": 2**26}
 # Of the rows that a branch selects of a window at once: for caches. A platform
 # without a number selects those of a whole window, for wide products.
 STRETCH = {"cpu": 2**21}
+# Names out and lse, for policies of jax.checkpoint that keep them.
+ATTENDED = "longnet_attended"
 
 
 @functools.partial(
@@ -79,6 +81,7 @@ def _forward(settings, layout, return_residual, inputs):
 
   out, lse = _over_all(call, near, distant, step, nothing, dtype)
   out = out.astype(inputs.query.dtype)
+  out, lse = (ad_checkpoint.checkpoint_name(x, ATTENDED) for x in (out, lse))
   # Finite, for jax_debug_infs; so large that rows without keys take no part.
   largest = jnp.asarray(jnp.finfo(lse.dtype).max, lse.dtype)
   return (out, lse), (inputs, out, jnp.where(jnp.isneginf(lse), largest, lse))

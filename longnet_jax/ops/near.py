@@ -55,8 +55,15 @@ class Call(NamedTuple):
 
   @property
   def dense(self) -> bool:
-    """Whether rows are selected by sums, as suits TPU, not by index."""
+    """Whether rows are selected in passes over all, as suits TPU."""
     return self.settings.platform == "tpu"
+
+  @property
+  def way(self) -> str:
+    """How rows are selected, see `selection.Cut`."""
+    # Behind the end of an example there may be NaN.
+    passing = "product" if self.inputs.lengths is None else "sum"
+    return passing if self.dense else "index"
 
   def all_phases(self, rate: int) -> np.ndarray:
     """Returns the phases (parts, N) of all heads, also of other devices."""
@@ -296,7 +303,7 @@ def _cuts(call, branch, rows):
   kv_heads = call.inputs.key.shape[2]
   by_head = call.all_phases(r).reshape(call.place.parts, 1, kv_heads, -1)
   phases = call.local(by_head)
-  cut = selection.Cut(w, r, phases.reshape(1, -1, 1), call.dense)
+  cut = selection.Cut(w, r, phases.reshape(1, -1, 1), call.way)
   alike = (by_head == by_head[..., :1]).all()
   if alike and rows.tensors[1].shape[2] == kv_heads:
     phases = phases[..., :1]
@@ -309,7 +316,7 @@ def _relative(cut, parent):
   phases = parent.phases.reshape(1, -1, 1)
   phases = cut.phases.reshape(1, phases.shape[1], -1) - phases
   return selection.Cut(
-    cut.length // rate, cut.rate // rate, phases // rate, cut.dense
+    cut.length // rate, cut.rate // rate, phases // rate, cut.way
   )
 
 

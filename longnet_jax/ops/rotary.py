@@ -17,6 +17,8 @@ _XPOS_RANGE_LOG2 = 100
 class Rotation(NamedTuple):
   """Tables that turn the pairs of a head, shape (B or 1, T, H / 2), float32.
 
+  Of tables made with `both` it is (B or 1, T, H).
+
   Attributes:
     cos: cosine of the angle of each pair.
     sin: sine of the angle of each pair.
@@ -29,14 +31,19 @@ class Rotation(NamedTuple):
 
 
 def rope(
-  positions: Int[Array, "B T"], *, head_dim: int, base: float = 10_000.0
+  positions: Int[Array, "B T"],
+  *,
+  head_dim: int,
+  base: float = 10_000.0,
+  both: bool = False,
 ) -> Rotation:
   """Returns the tables of RoPE: angle_i = position * base ** (-2 i / H).
 
-  Accurate to 1e-6 of a radian at every position from -2^31 to 2^31 - 1. Source:
-  Su et al., arXiv 2104.09864.
+  Accurate to 1e-6 of a radian at every position from -2^31 to 2^31 - 1. With
+  `both` a number stands there for both of a pair, which on TPU saves each layer
+  from putting it there. Source: Su et al., arXiv 2104.09864.
   """
-  angles = _angles(positions, head_dim // 2, base)
+  angles = _angles(positions, _pairs(head_dim, both), base)
   return Rotation(jnp.cos(angles), jnp.sin(angles), None)
 
 
@@ -47,6 +54,7 @@ def xpos(
   base: float = 10_000.0,
   scale_base: float = 512.0,
   centre: int = 0,
+  both: bool = False,
 ) -> Rotation:
   """Returns the tables of xPos: RoPE times a scale that decays with distance.
 
@@ -54,11 +62,11 @@ def xpos(
 
   multiplies queries and divides keys, so scores depend on the distance alone
   and any `centre` gives the same ones; it must stay within `xpos_radius` of
-  every position, or the scale leaves float32. Source: Sun et al., arXiv
-  2212.10554.
+  every position, or the scale leaves float32. `both` as in `rope`. Source: Sun
+  et al., arXiv 2212.10554.
   """
-  angles = _angles(positions, head_dim // 2, base)
-  pairs = np.arange(0, head_dim, 2) / head_dim
+  pairs = _pairs(head_dim, both)
+  angles = _angles(positions, pairs, base)
   log_scale = np.log((pairs + _XPOS_SHIFT) / (1 + _XPOS_SHIFT)) / scale_base
   offset = (positions - centre).astype(jnp.float32)[..., None]
   exponent = offset * jnp.asarray(log_scale, jnp.float32)[None, None]
@@ -80,7 +88,7 @@ def rotate_query(
   query: Float[Array, "B T N H"], rotation: Rotation
 ) -> Float[Array, "B T N H"]:
   """Turns (and in xPos scales) queries, in float32; the dtype is kept."""
-  return _rotate(query, rotation.cos, rotation.sin, rotation.scale)
+  return _rotate(query, rotation, rotation.scale)
 
 
 def rotate_key(
@@ -88,16 +96,18 @@ def rotate_key(
 ) -> Float[Array, "B T K H"]:
   """Turns (and in xPos scales inversely) keys, in float32; dtype is kept."""
   scale = None if rotation.scale is None else 1 / rotation.scale
-  return _rotate(key, rotation.cos, rotation.sin, scale)
+  return _rotate(key, rotation, scale)
 
 
-def _rotate(x, cos, sin, scale):
+def _rotate(x, rotation, scale):
   """Turns the interleaved pairs (x_0, x_1), (x_2, x_3), ... of each head."""
+  cos, sin = rotation.cos, rotation.sin
   if scale is not None:
     cos, sin = cos * scale, sin * scale
   cos, sin = cos[:, :, None], sin[:, :, None]
   if kernels.platform() == "tpu":
-    cos, sin = (jnp.repeat(table, 2, axis=-1) for table in (cos, sin))
+    if cos.shape[-1] < x.shape[-1]:
+      cos, sin = (jnp.repeat(table, 2, axis=-1) for table in (cos, sin))
     wide = x.astype(jnp.float32)
     return (wide * cos + _quarter_turn(x) * sin).astype(x.dtype)
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
@@ -125,14 +135,20 @@ def _quarter_turn(x):
   )
 
 
-def _angles(positions, num_pairs, base):
+def _pairs(head_dim, both):
+  """Returns 2 i / H of each entry of a table."""
+  pairs = np.arange(0, head_dim, 2) / head_dim
+  return np.repeat(pairs, 2) if both else pairs
+
+
+def _angles(positions, pairs, base):
   """Returns position * frequency modulo one turn, in [-pi, pi), float32.
 
   A float32 angle is off by tens of radians at 2^30 positions. The phase is
   therefore carried in units of 2^-32 turns, where wrapping is the modulus, with
   32 more bits of the frequency so that its rounding does not add up.
   """
-  high, low = _fixed_point_frequencies(num_pairs, base)
+  high, low = _fixed_point_frequencies(pairs, base)
   position = positions.astype(jnp.uint32)[..., None]
   phase = position * high + _multiply_high(position, low)
   # As an unsigned number a negative position is 2^32 too large, which counts
@@ -142,9 +158,9 @@ def _angles(positions, num_pairs, base):
   return signed.astype(jnp.float32) * jnp.float32(2 * math.pi / 2**32)
 
 
-def _fixed_point_frequencies(num_pairs, base):
+def _fixed_point_frequencies(pairs, base):
   """Returns turns per position as 64-bit fractions, high and low words."""
-  turns = base ** (-np.arange(num_pairs) / num_pairs) / (2 * math.pi)
+  turns = base**-pairs / (2 * math.pi)
   high, rest = np.divmod(turns * 2.0**32, 1.0)
   words = high.astype(np.uint32), (rest * 2.0**32).astype(np.uint32)
   return tuple(jnp.asarray(word)[None, None] for word in words)

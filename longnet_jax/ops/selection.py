@@ -11,13 +11,14 @@ and each is the other's transpose. Batch and heads stay axes of their own from
 end to end, so arrays that are split over devices along them stay so.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 import numpy as np
 
+_BLOCK = 128  # rows among which one matrix selects
 _Either = Array | np.ndarray  # NumPy where known before tracing
 
 
@@ -26,14 +27,16 @@ class Cut(NamedTuple):
 
   phases: (P, K, G), the row of every `rate` that is kept, for each of the G
     selections from each of K heads; for each segment, or P = 1 for all.
-  dense: whether rows are selected by a masked sum, one pass over all of them
-    without an index (TPU), rather than by taking only what is kept.
+  way: "index" takes only what is kept. "sum" and "product" pass over all rows
+    without an index, as suits TPUs: a masked sum over each r, or where it can
+    the product of 128 rows with zeros and ones, which is exact, and faster;
+    but if one of them is NaN all are.
   """
 
   length: int
   rate: int
   phases: Int[_Either, "P K G"]
-  dense: bool = False
+  way: Literal["index", "sum", "product"] = "index"
 
   @property
   def kept(self) -> int:
@@ -57,7 +60,9 @@ def select(
   """
   length = x.shape[1] if length is None else length
   whole = cut.rate == 1 and cut.phases.shape[2] == 1
-  if cut.dense or (whole and isinstance(first, int)):
+  if x.ndim == 4 and length == x.shape[1] and _in_blocks(cut, length):
+    found = _product(x, cut)
+  elif cut.way != "index" or (whole and isinstance(first, int)):
     if length < x.shape[1]:
       x = lax.dynamic_slice_in_dim(x, first, length, axis=1)
     x = _segments(x, cut)
@@ -89,6 +94,8 @@ def put_back(
   follows, where a scatter would run row by row.
   """
   batch, segments, kept, heads, *rest = rows.shape
+  if rows.ndim == 5 and not fill and _in_blocks(cut, length):
+    return _product_back(rows, cut)
   if cut.rate > 1:
     is_kept = _is_kept(cut).reshape(-1, cut.rate, heads)
     is_kept = is_kept.reshape(1, -1, 1, cut.rate, heads, *[1] * len(rest))
@@ -154,6 +161,48 @@ def _masked_sum(x, cut):
   )
   x = jnp.expand_dims(x, 5)
   return jnp.where(is_kept, x, jnp.zeros((), x.dtype)).sum(3, dtype=x.dtype)
+
+
+def _in_blocks(cut, length):
+  """Returns whether blocks of rows may be selected by one matrix a head."""
+  divided = _BLOCK % cut.rate, cut.length % _BLOCK, length % cut.length
+  alike = cut.phases.shape[0] == 1
+  fits = alike and cut.rate > 1 and not any(divided)
+  return cut.way == "product" and fits
+
+
+def _picks(cut, dtype):
+  """Returns (K, G, block / r, block), 1 where a row is kept."""
+  row = np.arange(_BLOCK, dtype=np.int32)
+  first = np.arange(0, _BLOCK, cut.rate, dtype=np.int32)
+  kept = first[None, None, :, None] + cut.phases[0][:, :, None, None]
+  return (row[None, None, None] == kept).astype(dtype)
+
+
+def _product(x, cut):
+  """As `_masked_sum` of all rows, (B, S, R, K, G, H)."""
+  batch, length, heads, width = x.shape
+  found = jnp.einsum(
+    "bstkh,kgmt->bsmkgh",
+    x.reshape(batch, -1, _BLOCK, heads, width),
+    _picks(cut, x.dtype),
+    precision=lax.Precision.HIGHEST,
+  )
+  shape = batch, length // cut.length, cut.kept
+  return found.reshape(*shape, *cut.phases.shape[1:], width)
+
+
+def _product_back(rows, cut):
+  """As `put_back` with zeros, (B, T, N, H)."""
+  batch, segments, kept, heads, width = rows.shape
+  picks = _picks(cut, rows.dtype)
+  found = jnp.einsum(
+    "bsmnh,nmt->bstnh",
+    rows.reshape(batch, -1, _BLOCK // cut.rate, heads, width),
+    picks.reshape(heads, *picks.shape[2:]),
+    precision=lax.Precision.HIGHEST,
+  )
+  return found.reshape(batch, -1, heads, width)
 
 
 def _taken(x, cut, first, length):

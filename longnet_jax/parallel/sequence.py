@@ -145,12 +145,18 @@ def _attend(settings, layout, mesh, return_residual, inputs):
   attend = functools.partial(
     mixture.attend, settings, layout, return_residual=return_residual
   )
+  # Kernels for TPUs refuse axes that are left to the compiler, even of one.
+  trivial = (
+    name
+    for name, size in mesh.shape.items()
+    if size == 1 and AxisType.Explicit not in mesh.axis_types
+  )
   attend = jax.shard_map(
     attend,
     mesh=mesh,
     in_specs=(specs,),
     out_specs=tensors,
-    axis_names={name for name in layout if name},
+    axis_names={*trivial, *(name for name in layout if name)},
   )
   inputs = jax.tree.map(pad, inputs._replace(lengths=lengths))
   if AxisType.Explicit not in mesh.axis_types:

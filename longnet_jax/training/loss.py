@@ -7,6 +7,8 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from longnet_jax.ops import chunks
+
 
 def cross_entropy(
   features: Float[Array, "B T D"],
@@ -20,9 +22,16 @@ def cross_entropy(
 
   The pair, rather than their ratio, is what adds up exactly over the parts of
   an accumulated batch and over the batches of an evaluation.
+
+  The gradients of a chunk, with p the softmax of its logits, y the targets,
+
+    dlogits = weight (p - y),  dfeatures = dlogits matrix^T,
+    dmatrix = features^T dlogits,
+
+  are made where its logits are, so that none are computed a second time.
   """
-  losses = token_losses(features, matrix, targets, chunk=chunk)
-  return jnp.sum(losses * weights), jnp.sum(weights)
+  total = _weighted_sum(features, matrix, targets, weights, chunk)
+  return total, jnp.sum(weights)
 
 
 def token_losses(
@@ -38,31 +47,57 @@ def token_losses(
   they are computed again. Products take the type of the features; sums and the
   softmax are float32.
   """
-  length = targets.shape[1]
-  chunks = -(-length // chunk)
-  rows = -(-length // chunks)
-  # A chunk is every chunks-th position rather than a run of neighbours: then
-  # each device of a sharded sequence holds its share of every chunk.
-  split = functools.partial(_split, rows=rows, chunks=chunks)
-  one_chunk = jax.checkpoint(functools.partial(_chunk_losses, matrix))
-  if chunks == 1:
-    return one_chunk(features, targets)
-  losses = jax.lax.map(
-    lambda pair: one_chunk(*pair), (split(features), split(targets))
-  )
-  losses = jnp.moveaxis(losses, 0, 2)
-  return losses.reshape(losses.shape[0], rows * chunks)[:, :length]
+  cut, join = chunks.make_cut(targets.shape[1], chunk)
+
+  @jax.checkpoint
+  def one_chunk(pair):
+    logits, lse, chosen = _softmax(*pair, matrix)
+    return lse - chosen
+
+  return join(jax.lax.map(one_chunk, (cut(features), cut(targets))))
 
 
-def _split(array: Array, rows: int, chunks: int) -> Array:
-  """(B, T, ...) -> (chunks, B, rows, ...), padded with zeros at the end."""
-  batch, length, *rest = array.shape
-  padding = [(0, 0), (0, rows * chunks - length)] + [(0, 0)] * len(rest)
-  array = jnp.pad(array, padding).reshape(batch, rows, chunks, *rest)
-  return jnp.moveaxis(array, 2, 0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted_sum(features, matrix, targets, weights, chunk):
+  losses = token_losses(features, matrix, targets, chunk=chunk)
+  return jnp.sum(losses * weights)
 
 
-def _chunk_losses(matrix: Array, features: Array, targets: Array) -> Array:
+def _forward(features, matrix, targets, weights, chunk):
+  """Returns the sum, and the gradients of it."""
+  cut, join = chunks.make_cut(targets.shape[1], chunk)
+
+  def one_chunk(dmatrix, piece):
+    x, y, weight = piece
+    logits, lse, chosen = _softmax(x, y, matrix)
+    dlogits = jnp.exp(logits - lse[..., None])
+    dlogits -= jax.nn.one_hot(y, logits.shape[-1], dtype=dlogits.dtype)
+    dlogits = (dlogits * weight[..., None]).astype(x.dtype)
+    dx = jnp.einsum("btv,dv->btd", dlogits, matrix.astype(x.dtype))
+    dmatrix += jnp.einsum(
+      "btd,btv->dv", x, dlogits, preferred_element_type=jnp.float32
+    )
+    return dmatrix, (lse - chosen, dx)
+
+  pieces = tuple(map(cut, (features, targets, weights)))
+  zero = jnp.zeros(matrix.shape, jnp.float32)
+  dmatrix, (losses, dfeatures) = jax.lax.scan(one_chunk, zero, pieces)
+  losses = join(losses)
+  residuals = join(dfeatures), dmatrix.astype(matrix.dtype), losses
+  return jnp.sum(losses * weights), residuals
+
+
+def _backward(chunk, residuals, scale):
+  del chunk
+  dfeatures, dmatrix, losses = (x * scale.astype(x.dtype) for x in residuals)
+  return dfeatures, dmatrix, None, losses
+
+
+_weighted_sum.defvjp(_forward, _backward)
+
+
+def _softmax(features, targets, matrix):
+  """Returns logits, their logsumexp, and those of the targets, float32."""
   logits = jnp.einsum(
     "btd,dv->btv",
     features,
@@ -70,4 +105,4 @@ def _chunk_losses(matrix: Array, features: Array, targets: Array) -> Array:
     preferred_element_type=jnp.float32,
   )
   chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return jax.nn.logsumexp(logits, axis=-1) - chosen
+  return logits, jax.nn.logsumexp(logits, axis=-1), chosen

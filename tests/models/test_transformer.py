@@ -153,6 +153,7 @@ def _loss_and_gradient(config):
     {"remat": "full"},
     {"remat": "dots"},
     {"remat": "full", "scan_layers": False},
+    {"remat": "full", "ffn_chunk": 5},
   ],
 )
 def test_how_it_is_compiled_changes_no_result(changes):

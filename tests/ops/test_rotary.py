@@ -112,13 +112,14 @@ def test_rotation_keeps_the_dtype_and_computes_in_float32():
 def test_on_tpu_pairs_are_turned_by_a_product(dtype):
   x = jax.random.normal(jax.random.key(0), (2, 5, 3, _HEAD_DIM), dtype)
   positions = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
-  for tables in (
-    rotary.rope(positions, head_dim=_HEAD_DIM),
-    rotary.xpos(positions, head_dim=_HEAD_DIM),
-  ):
+  for make in (rotary.rope, rotary.xpos):
+    tables = make(positions, head_dim=_HEAD_DIM)
+    both = make(positions, head_dim=_HEAD_DIM, both=True)
+    assert both.sin.shape == (2, 5, _HEAD_DIM)
     wanted = rotary.rotate_key(x, tables)
     with kernels.compiling_for("tpu"):
       found = rotary.rotate_key(x, tables)
+      np.testing.assert_array_equal(rotary.rotate_key(x, both), found)
     assert found.dtype == wanted.dtype
     np.testing.assert_allclose(
       found.astype(jnp.float32),

@@ -26,10 +26,17 @@ def _whole(features, matrix, targets, weights):
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 11, 64])
 def test_chunks_change_neither_values_nor_gradients(inputs, chunk):
-  expected, expected_grads = jax.value_and_grad(_whole, argnums=(0, 1))(*inputs)
-  chunked = lambda *x: loss.cross_entropy(*x, chunk=chunk)
+  argnums = (0, 1, 3)
+  expected, expected_grads = jax.value_and_grad(
+    lambda *x: 0.5 * _whole(*x), argnums=argnums
+  )(*inputs)
+
+  def chunked(*x):
+    total, weight = loss.cross_entropy(*x, chunk=chunk)
+    return 0.5 * total, weight
+
   (total, weight), grads = jax.value_and_grad(
-    chunked, argnums=(0, 1), has_aux=True
+    chunked, argnums=argnums, has_aux=True
   )(*inputs)
   np.testing.assert_allclose(total, expected, rtol=1e-6)
   assert weight == inputs[3].sum()
