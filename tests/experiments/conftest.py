@@ -1,7 +1,14 @@
+import importlib
+import os
+import sys
+from typing import NamedTuple
+
+from absl import flags
 import jax
 import numpy as np
 import pytest
 
+from experiments import command
 from longnet_jax.models import transformer
 
 TINY = """
@@ -54,3 +61,43 @@ def random_parameters():
     )
 
   return make
+
+
+class Ended(NamedTuple):
+  """How a command ended, and what it wrote."""
+
+  code: int
+  out: str
+  err: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsysbinary):
+  """Runs a command by its name and arguments, as python -m but in here.
+
+  A process of its own takes seconds to import what it needs.
+  """
+
+  def parse_and_call(main, flags_parser):
+    sys.exit(main(flags_parser(sys.argv)))
+
+  def run(name, *arguments):
+    monkeypatch.setattr(command.app, "run", parse_and_call)
+    monkeypatch.setattr(command.logging, "set_verbosity", lambda _: None)
+    monkeypatch.setattr(command, "_keep_compiled", lambda: None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    capsysbinary.readouterr()
+    module = importlib.import_module(f"experiments.{name}")
+    spec = module.__spec__
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    with pytest.raises(SystemExit) as caught:
+      flags.FLAGS.unparse_flags()
+      # Commands have flags of the same names: here are those of this one.
+      command.run(importlib.reload(module).main)
+    # What a model writes may be any bytes.
+    written = (x.decode(errors="replace") for x in capsysbinary.readouterr())
+    return Ended(caught.value.code or 0, *written)
+
+  return run

@@ -1,11 +1,7 @@
-"""The command that writes weights for other tools, as a user meets it."""
+"""The command that writes weights for other tools."""
 
 import dataclasses
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 from flax import traverse_util
 import jax
@@ -16,7 +12,6 @@ from safetensors import numpy as safetensors_numpy
 from longnet_jax.models import config as config_lib
 from longnet_jax.training import checkpoint
 
-_ROOT = pathlib.Path(__file__).parent.parent.parent
 _CONFIG = config_lib.LongNetConfig(
   vocab_size=9,
   num_layers=2,
@@ -40,21 +35,11 @@ def imported(tmp_path_factory, random_parameters):
   return workdir, params
 
 
-def _run(**options):
-  flags = [f"--{name}={value}" for name, value in options.items()]
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.export_weights", *flags],
-    cwd=_ROOT,
-    env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-  )
-
-
-def test_any_model_has_its_own_names_and_settings(imported, tmp_path):
+def test_any_model_has_its_own_names_and_settings(imported, run, tmp_path):
   workdir, params = imported
-  ended = _run(workdir=workdir, format="safetensors", out=tmp_path / "out")
-  assert ended.returncode == 0, ended.stderr
+  settings = f"--workdir={workdir}", "--format=safetensors"
+  ended = run("export_weights", *settings, f"--out={tmp_path}/out")
+  assert ended.code == 0, ended.err
   found = safetensors_numpy.load_file(tmp_path / "out" / "model.safetensors")
   found = traverse_util.unflatten_dict(found, sep="/")
   jax.tree.map(np.testing.assert_array_equal, found, params)
@@ -62,10 +47,10 @@ def test_any_model_has_its_own_names_and_settings(imported, tmp_path):
   assert config_lib.LongNetConfig.from_dict(settings["model"]) == _CONFIG
 
 
-def test_what_torchscale_has_not_is_named_and_nothing_written(imported):
+def test_what_torchscale_has_not_is_named_and_nothing_written(imported, run):
   workdir, _ = imported
-  ended = _run(workdir=workdir, format="torchscale")
-  assert ended.returncode == 1
-  (line,) = ended.stderr.splitlines()
+  ended = run("export_weights", f"--workdir={workdir}", "--format=torchscale")
+  assert ended.code == 1
+  (line,) = ended.err.splitlines()
   assert line.startswith("error: torchscale has no position='rope'")
   assert not (workdir / "torchscale").exists()

@@ -1,10 +1,7 @@
 """The commands around imported weights, from file to checkpoint to outputs."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,8 +13,7 @@ from longnet_jax.interop import keywords, torchscale
 from longnet_jax.models import config as model_config
 from longnet_jax.models import slide_encoder
 
-_ROOT = pathlib.Path(__file__).parent.parent.parent
-_GOLDEN = _ROOT / "tests" / "golden"
+_GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 _GIGAPATH = json.dumps(
   {
     "heads": 8,
@@ -27,19 +23,17 @@ _GIGAPATH = json.dumps(
 )
 
 
-def _run(command, *arguments, fails=False, **options):
-  """Runs a command as a user does; returns stdout, or stderr if it fails."""
-  flags = [f"--{name}={value}" for name, value in options.items()]
-  process = subprocess.run(
-    [sys.executable, "-m", f"experiments.{command}", *arguments, *flags],
-    cwd=_ROOT,
-    env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-    errors="replace",  # what a model writes may be any bytes
-  )
-  assert process.returncode == (1 if fails else 0), process.stderr
-  return process.stderr if fails else process.stdout
+@pytest.fixture
+def call(run):
+  """Runs a command with options; returns stdout, or stderr if it fails."""
+
+  def call(command, *arguments, fails=False, **options):
+    options = [f"--{name}={value}" for name, value in options.items()]
+    ended = run(command, *arguments, *options)
+    assert ended.code == (1 if fails else 0), ended.err
+    return ended.err if fails else ended.out
+
+  return call
 
 
 def _tensors(path):
@@ -50,9 +44,9 @@ def _tensors(path):
   }
 
 
-def test_slide_encoder_from_pth_to_embedding(tmp_path):
+def test_slide_encoder_from_pth_to_embedding(call, tmp_path):
   workdir = tmp_path / "slide"
-  printed = _run(
+  printed = call(
     "import_weights",
     _GOLDEN / "gigapath_small.pth",
     kind="gigapath",
@@ -72,7 +66,7 @@ def test_slide_encoder_from_pth_to_embedding(tmp_path):
   np.testing.assert_allclose(found, golden["cls"], atol=1e-4)
 
   out, record = tmp_path / "out.npz", tmp_path / "record.json"
-  printed = _run(
+  printed = call(
     "encode_slide", workdir=workdir, num_tiles=300, out=out, json=record
   )
   assert note in printed
@@ -85,7 +79,9 @@ def test_slide_encoder_from_pth_to_embedding(tmp_path):
   assert record["hardware"]["cpu_cores"] >= 1
 
 
-def test_decoder_can_be_evaluated_and_continued(tmp_path, random_parameters):
+def test_decoder_can_be_evaluated_and_continued(
+  call, tmp_path, random_parameters
+):
   config = model_config.LongNetConfig(
     vocab_size=264,
     num_layers=1,
@@ -101,7 +97,7 @@ def test_decoder_can_be_evaluated_and_continued(tmp_path, random_parameters):
   safetensors_numpy.save_file(torchscale.export(config, params), source)
   settings.write_text(json.dumps(keywords.export(config, decoder=True)))
   workdir = tmp_path / "decoder"
-  _run(
+  call(
     "import_weights",
     source,
     kind="torchscale",
@@ -110,7 +106,7 @@ def test_decoder_can_be_evaluated_and_continued(tmp_path, random_parameters):
   )
   _, loaded = longnet_jax.load_checkpoint(workdir)
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
-  _run("export_weights", workdir=workdir, format="torchscale")
+  call("export_weights", workdir=workdir, format="torchscale")
   again = workdir / "torchscale"
   assert _tensors(again / "model.safetensors") == _tensors(source)
   assert json.loads((again / "config.json").read_text()) == json.loads(
@@ -119,19 +115,19 @@ def test_decoder_can_be_evaluated_and_continued(tmp_path, random_parameters):
   assert (again / "tokenizer.json").read_bytes() == (
     workdir / "tokenizer.json"
   ).read_bytes()
-  printed = _run("evaluate", workdir=workdir, lengths=32, max_tokens=2000)
+  printed = call("evaluate", workdir=workdir, lengths=32, max_tokens=2000)
   assert "step 0, test split" in printed
   assert printed.count("reach: the window of 32 is longer than the") == 1
   result = json.loads((workdir / "evaluation_test_0.json").read_text())
   # Random weights know nothing: about log2(264) bits a byte.
   assert 7 < result["lengths"][0]["bits_per_byte"] < 10
-  assert _run("generate", workdir=workdir, prompt="a", max_new_tokens=3)
+  assert call("generate", workdir=workdir, prompt="a", max_new_tokens=3)
 
 
-def test_a_wrong_model_is_not_written(tmp_path):
+def test_a_wrong_model_is_not_written(call, tmp_path):
   golden, workdir = _GOLDEN / "torchscale_encoder.npz", tmp_path / "run"
   options = dict(kind="torchscale", workdir=workdir, check=golden)
-  message = _run(
+  message = call(
     "import_weights", golden, **options, tolerance=1e-12, fails=True
   )
   assert message.startswith("error: encoder_out is off by")
@@ -152,15 +148,15 @@ def test_a_wrong_model_is_not_written(tmp_path):
     ),
   ],
 )
-def test_refuses_in_one_line(source, options, message):
-  error = _run("import_weights", *source, **options, fails=True)
+def test_refuses_in_one_line(call, source, options, message):
+  error = call("import_weights", *source, **options, fails=True)
   assert message in error
   assert error.startswith("error: ")
   assert error.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_released_size_runs_at_ten_thousand_tiles(tmp_path):
+def test_released_size_runs_at_ten_thousand_tiles(call, tmp_path):
   record = tmp_path / "record.json"
-  _run("encode_slide", num_tiles=10_000, json=record)
+  call("encode_slide", num_tiles=10_000, json=record)
   assert json.loads(record.read_text())["parameters"] == 86_330_880
