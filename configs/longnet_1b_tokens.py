@@ -30,6 +30,9 @@ def get_config() -> config_dict.ConfigDict:
     _WINDOW // 2048,
   )
   config.model.max_positions = _WINDOW
+  # Of a million tokens a chip memory holds one block, and the host the rest.
+  config.model.remat = "offload"
+  config.model.ffn_chunk = 65_536 * DEVICES
   config.data.layout = "stream"
   config.data.window = _WINDOW
   config.training.loss_chunk = 4096 * DEVICES

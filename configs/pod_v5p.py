@@ -24,6 +24,7 @@ def get_config() -> config_dict.ConfigDict:
   config = paper.get_config("125M")
   config.model.update(sizes.geometric_branches(_WINDOW))
   config.model.num_heads = 6
+  config.model.remat = "dots"
   config.model.position = "rope"  # xPos ends at some tens of thousands
   config.model.max_positions = _WINDOW
   config.data.level = "repository"  # files are shorter than a window

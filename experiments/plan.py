@@ -121,7 +121,9 @@ def table(found: plan.Plan) -> list[str]:
     f"{'fits' if found.fits else 'DOES NOT FIT'}: {peak}"
     f"{_gib(found.limit_bytes)} a device{spare}",
     f"  parameters {_gib(found.parameter_bytes)}, optimizer "
-    f"{_gib(found.optimizer_bytes)}, the rest is activations",
+    f"{_gib(found.optimizer_bytes)}, the rest is activations"
+    + f"; on the host {_gib(found.host_bytes)}"
+    * bool(found.host_bytes),
     f"  TFLOP a device and step: model {_tera(found.model_flops, found)}, "
     f"computed {_tera(found.computed_flops, found)}",
   ]
@@ -137,7 +139,7 @@ def table(found: plan.Plan) -> list[str]:
     lines.append(
       "  (the compiler's cycles at the chip's clock; kernels at "
       f"{plan.KERNEL_SHARE:.0%} of peak; links one ring at a time; nothing "
-      "overlaps; nothing was run)"
+      "overlaps; copies to the host are not counted; nothing was run)"
     )
   if found.unknown_loops:
     lines.append(f"  {found.unknown_loops} loops are counted once")

@@ -50,6 +50,7 @@ class Plan:
     peak_bytes: most memory at a time; None where a compiler refuses and does
       not say.
     limit_bytes: memory there is.
+    host_bytes: what lies in the memory of the host instead, see `remat`.
     parameter_bytes: parameters, in float32.
     optimizer_bytes: their moments.
     model_flops: of a step over all devices, as published: without what is
@@ -67,6 +68,7 @@ class Plan:
   fits: bool
   peak_bytes: int | None
   limit_bytes: int
+  host_bytes: int
   parameter_bytes: int
   optimizer_bytes: int
   model_flops: int
@@ -162,10 +164,11 @@ def _describe(config, topology, mesh, state, compiled, used, compile_seconds):
   chip = chips.find(mesh.devices.flat[0])
   windows, window = config.training.batch_size, config.data.window
   model_flops = windows * costs.train_flops(config.model, window)
-  received, unknown, seconds, share = {}, 0, None, None
+  received, unknown, seconds, share, host = {}, 0, None, None, 0
   peak, limit = used or (None, None)
   if compiled is not None:
-    peak = compiled.memory_analysis().peak_memory_in_bytes
+    memory = compiled.memory_analysis()
+    peak, host = memory.peak_memory_in_bytes, memory.host_temp_size_in_bytes
     text = compiled.as_text()
     program = hlo.read(text)
     unknown = program.unknown_loops
@@ -178,6 +181,7 @@ def _describe(config, topology, mesh, state, compiled, used, compile_seconds):
     fits=compiled is not None,
     peak_bytes=peak,
     limit_bytes=limit or chip.hbm,
+    host_bytes=host,
     parameter_bytes=_bytes(state.params),
     optimizer_bytes=_bytes(state.opt_state),
     model_flops=model_flops,

@@ -64,7 +64,8 @@ class LongNetConfig:
     dtype: of activations, "bfloat16" or "float32"; parameters, softmax and
       LayerNorm are float32.
     remat: what a block recomputes in the backward pass: "none", "full" or all
-      but its attention and projections ("dots").
+      but its attention and projections ("dots"). "offload" is "full", and keeps
+      what enters a block in the memory of the host.
     ffn_chunk: positions whose feed-forward layer is in memory at once, backward
       too; 0 for all.
     scan_layers: compile one block and loop over it, or unroll the loop; the
@@ -98,7 +99,7 @@ class LongNetConfig:
   drop_path_rate: checked.Share = 0.0
   layernorm_epsilon: checked.Epsilon = 1e-5
   dtype: Literal["bfloat16", "float32"] = "bfloat16"
-  remat: Literal["none", "full", "dots"] = "none"
+  remat: Literal["none", "full", "dots", "offload"] = "none"
   ffn_chunk: checked.CountOrZero = 0
   scan_layers: bool = True
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,6 +16,9 @@ from longnet_jax import checked
 from longnet_jax.models import attention, layers
 from longnet_jax.models import config as config_lib
 from longnet_jax.ops import mixture, rotary
+
+# Names what enters a block, which remat="offload" keeps on the host.
+_INPUT = "longnet_block_input"
 
 
 class Block(nn.Module):
@@ -261,6 +265,7 @@ def apply_blocks(
   rotation = attention.make_rotation(config, positions)
 
   def body(block, x, drop_path_rate):
+    x = ad_checkpoint.checkpoint_name(x, _INPUT)
     x = block(
       x, rotation, segment_ids, drop_path_rate, deterministic=deterministic
     )
@@ -356,6 +361,12 @@ def _rematerialized(body, config):
     "full": policies.nothing_saveable,
     "dots": policies.save_only_these_names(
       attention.PROJECTED, mixture.ATTENDED
+    ),
+    "offload": policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=[_INPUT],
+      offload_src="device",
+      offload_dst="pinned_host",
     ),
   }[config.remat]
   # A loop already keeps XLA from merging the two computations of a block.

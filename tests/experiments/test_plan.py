@@ -17,6 +17,7 @@ FOUND = plan.Plan(
   fits=True,
   peak_bytes=3 * 2**30,
   limit_bytes=16 * 2**30,
+  host_bytes=2**30,
   parameter_bytes=2**30,
   optimizer_bytes=2**31,
   model_flops=8 * 10**12,
@@ -49,6 +50,7 @@ def test_what_is_printed():
   text = "\n".join(command.table(FOUND))
   for part in (
     "fits: 3.00 GiB of 16.00 GiB a device, 13.00 GiB free",
+    "the rest is activations; on the host 1.00 GiB",
     "model 2.0, computed 3.0",
     "all-gather of bf16 among 4: 2.0 MiB received",
     "compiler 250, kernels 50, links 10, step 310; 40% of peak",

@@ -153,6 +153,7 @@ def _loss_and_gradient(config):
     {"remat": "full"},
     {"remat": "dots"},
     {"remat": "full", "scan_layers": False},
+    {"remat": "offload"},
     {"remat": "full", "ffn_chunk": 5},
   ],
 )
