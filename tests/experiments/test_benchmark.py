@@ -20,8 +20,15 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True)
-def parsed_flags():
+def quick(monkeypatch):
+  """What a product reaches at best is measured with a small one."""
   flags.FLAGS.mark_as_parsed()
+  monkeypatch.setattr(attention_speed, "_MATMUL", 64)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+  monkeypatch.setattr(attention_speed, "draw", lambda *_: None)
 
 
 def run(tmp_path, **changes):
@@ -54,12 +61,14 @@ def test_sweep_writes_figures_that_fit_together(tmp_path, capsys):
   }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_core_stops_where_a_run_would_take_too_long(tmp_path, capsys):
   document = run(tmp_path, passes=["forward"], max_seconds=0.0)
   assert {r["length"] for r in document["records"]} == {32}
   assert "(--max_seconds)" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_was_measured_before_a_stop_is_kept(tmp_path, monkeypatch):
   measure = attention_speed.measure
 
@@ -75,6 +84,7 @@ def test_what_was_measured_before_a_stop_is_kept(tmp_path, monkeypatch):
   assert [r["length"] for r in document["records"]] == [32]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_core_stops_where_memory_ends(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(attention_speed, "_free_bytes", lambda: 1000)
   document = run(tmp_path, passes=["forward"])
