@@ -25,7 +25,8 @@ PAPER = {
 
 
 def normal(seed, *shape, dtype=jnp.float32):
-  return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+  # NumPy's: JAX would compile a few programs for each shape.
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def inputs(batch, length, heads, kv_heads, width, dtype=jnp.float32):
