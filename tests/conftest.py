@@ -1,6 +1,7 @@
 """Settings that every test shares: eight fake devices, strict promotion."""
 
 import functools
+import gc
 from importlib import metadata
 import os
 
@@ -38,6 +39,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # From here on the shapes that longnet_jax promises are checked at every call.
 jaxtyping.install_import_hook("longnet_jax", "tests.typechecker.check")
+
+# What JAX has traced is many objects and hardly garbage: looking for some in
+# them again and again took an eighth of the time.
+gc.set_threshold(20_000)
+
+
+def pytest_collection_finish():
+  gc.freeze()
 
 
 @pytest.fixture
