@@ -1,11 +1,12 @@
 """Pictures of the attention pattern: branches, heads, union and reach.
 
 Rows are queries and columns are keys, as in figures 2 and 3 of
-arXiv 2307.02486. Every function returns a matplotlib Figure and, given a path,
-writes it there. Up to 512 positions are drawn pair by pair, others block by
-block: a cell is coloured where any of its pairs is read.
+arXiv 2307.02486. Every function returns a matplotlib Figure, which a notebook
+shows, and, given a path, writes it there. Up to 512 positions are drawn pair by
+pair, others block by block: a cell is coloured where any of its pairs is read.
 """
 
+import io
 import os
 
 import matplotlib
@@ -39,6 +40,18 @@ _PALETTE = (
   "#d55e00",
   "#000000",
 )
+
+
+class _Figure(mpl_figure.Figure):
+  """One that notebooks show though nobody has imported pyplot."""
+
+  def __init__(self, figsize):
+    super().__init__(figsize, dpi=_DPI, layout="constrained")
+
+  def _repr_png_(self):
+    image = io.BytesIO()
+    self.savefig(image, dpi=_DPI)
+    return image.getvalue()
 
 
 def draw_branches(
@@ -264,9 +277,7 @@ def _draw_levels(pattern, levels, label, path):
 def _draw_image(pattern, image, label, path, *, ticks=None, **style):
   """Draws a number a cell with a scale beside it."""
   side = max(4.7, len(image) * _CELL)
-  figure = mpl_figure.Figure(
-    figsize=(side + 1.7, side + 0.9), layout="constrained"
-  )
+  figure = _Figure((side + 1.7, side + 0.9))
   axes = figure.add_subplot()
   drawn = _show(axes, pattern, image, **style)
   scale = figure.colorbar(drawn, ax=axes, label=label, shrink=0.85)
@@ -278,14 +289,15 @@ def _draw_image(pattern, image, label, path, *, ticks=None, **style):
 
 
 def _panels(count, pattern, columns=None):
-  """Returns a figure and `count` square axes, at most five in a row."""
+  """Returns a figure and `count` square axes, at most five in a row.
+
+  With a number of columns there is room for a legend.
+  """
   rows = -(-count // (columns or 5))
+  around = 0.6 if columns else 0.25
   columns = columns or -(-count // rows)
   side = max(2.1, -(-pattern.length // _block(pattern)) * _CELL)
-  figure = mpl_figure.Figure(
-    figsize=((side + 0.6) * columns, (side + 0.85) * rows + 0.6),
-    layout="constrained",
-  )
+  figure = _Figure(((side + 0.6) * columns, (side + 0.85) * rows + around))
   grid = figure.subplots(rows, columns, squeeze=False).flat
   for axes in grid[count:]:
     axes.remove()

@@ -183,10 +183,10 @@ def mixing_weights(
   dilation_rates: Sequence[int],
   attend: Callable | None = None,
   **options,
-) -> Float[Array, " branches"]:
-  """Returns each branch's mean share exp(lse_i - lse) of the mixture.
+) -> Float[Array, "N branches"]:
+  """Returns each branch's mean share exp(lse_i - lse) of a head's mixture.
 
-  The mean is over the rows and heads that some branch keeps; it sums to 1.
+  The mean is over the rows that some branch keeps; those of a head sum to 1.
 
   Args:
     query: (B, T, N, H) or (T, N, H).
@@ -213,6 +213,7 @@ def mixing_weights(
   )
   kept = jnp.isfinite(lses).any(0)
   shares = jax.nn.softmax(jnp.where(kept, lses, 0.0), axis=0)
-  total = jnp.maximum(kept.sum(dtype=jnp.float32), 1.0)
-  shares = jnp.where(kept, shares, 0.0)
-  return shares.sum(range(1, shares.ndim)) / total
+  rows = tuple(range(kept.ndim - 1))
+  total = jnp.maximum(kept.sum(rows, dtype=jnp.float32), 1.0)
+  means = jax.vmap(lambda x: jnp.where(kept, x, 0.0).sum(rows) / total)(shares)
+  return means.T

@@ -193,7 +193,9 @@ def over_mesh(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
 
 
 def received_bytes(
-  query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, **where
+  query: Array | jax.ShapeDtypeStruct,
+  key: Array | jax.ShapeDtypeStruct,
+  **where,
 ) -> dict[tuple[int, int], int]:
   """Returns branch (w, r) -> bytes of keys and values that a device receives.
 
@@ -216,8 +218,8 @@ def received_bytes(
 
 
 def far_branches(
-  query: jax.ShapeDtypeStruct,
-  key: jax.ShapeDtypeStruct,
+  query: Array | jax.ShapeDtypeStruct,
+  key: Array | jax.ShapeDtypeStruct,
   *,
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
   axis_name: str = "seq",
@@ -226,8 +228,8 @@ def far_branches(
   """Returns the branches that devices talk about, and how they do.
 
   Args:
-    query: shape and type, (B, T, N, H); T a multiple of the devices.
-    key: shape and type, (B, T, K, H).
+    query: (B, T, N, H), or its shape and type; T a multiple of the devices.
+    key: (B, T, K, H), or its shape and type.
     mesh: the mesh; B, N and K are not split.
     axis_name: the axis that T is split over.
     **options: segment_lengths, dilation_rates, is_causal, head_phase as there.

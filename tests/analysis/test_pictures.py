@@ -31,6 +31,12 @@ def test_a_picture_is_written(name, tmp_path):
   assert 0.1 < background.mean() < 0.8
 
 
+def test_a_notebook_shows_a_picture(tmp_path):
+  figure = analysis.draw_branches(PATTERN, tmp_path / "branches.png")
+  written = (tmp_path / "branches.png").read_bytes()
+  assert figure._repr_png_() == written
+
+
 def test_the_overview_is_written(tmp_path):
   path = tmp_path / "overview.png"
   figure = analysis.draw_overview(path=path)

@@ -134,5 +134,5 @@ def test_only_branches_have_mixing_weights():
   query, key = _heads(2)
   weights_fn = attention.make_mixing_weights_fn(_make())
   weights = weights_fn(query, key, is_causal=True, segment_ids=None)
-  assert weights.shape == (2,)
-  np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
+  assert weights.shape == (query.shape[2], 2)
+  np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)

@@ -323,13 +323,13 @@ def test_deepnorm_scales_the_residual(position):
   assert ("final_norm" in params) == (position == "pre")
 
 
-def test_mixing_weights_are_sown_per_layer_and_branch():
+def test_mixing_weights_are_sown_per_layer_head_and_branch():
   model = transformer.LongNetLM(_CONFIG)
   _, sown = model.apply(
     {"params": _init(_CONFIG)}, _TOKENS, mutable=["intermediates"]
   )
   (weights,) = sown["intermediates"]["layers"]["mixing_weights"]
-  assert weights.shape == (2, 3)
+  assert weights.shape == (2, _CONFIG.num_heads, 3)
   np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
 
 

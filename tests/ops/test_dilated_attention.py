@@ -514,9 +514,14 @@ def test_what_must_be_static_says_so():
 
 def test_mixing_weights_sum_to_one():
   query, key, _ = inputs(1, 32, 2, 2, 4)
+  query = query.at[:, :, 1].multiply(3.0)
   shares = op.mixing_weights(query, key, **PAPER)
-  np.testing.assert_allclose(shares.sum(), 1.0, atol=1e-6)
+  assert shares.shape == (2, len(PAPER["segment_lengths"]))
+  np.testing.assert_allclose(shares.sum(1), 1.0, atol=1e-6)
   assert (shares > 0).all()
+  assert (abs(shares[0] - shares[1]) > 1e-3).any()
+  alone = op.mixing_weights(query[0], key[0], **PAPER)
+  np.testing.assert_allclose(alone, shares, rtol=1e-5)
 
 
 REFUSALS = {
