@@ -10,6 +10,7 @@ import io
 import json
 import pathlib
 import re
+import tempfile
 
 import jax
 from matplotlib import figure as mpl_figure
@@ -91,6 +92,9 @@ def test_a_notebook_runs(name, as_for_users, monkeypatch, tmp_path, capsys):
       assert small.keys() <= scope.keys()
       scope.update(small)
       small = {}
+  for value in scope.values():
+    if isinstance(value, tempfile.TemporaryDirectory):
+      value.cleanup()
   assert not small, "no cell of sizes"
   assert not capsys.readouterr().err
   assert len(pictures) == len(_images(cells)) > 0
