@@ -1,10 +1,15 @@
 """Installs longnet_jax: `pip install -e .`, extras in brackets."""
 
+import pathlib
+import re
+
 import setuptools
+
+_VERSION = pathlib.Path(__file__).parent / "longnet_jax" / "version.py"
 
 setuptools.setup(
   name="longnet-jax",
-  version="0.1.0",
+  version=re.search(r'"(\d[^"]*)"', _VERSION.read_text())[1],
   description="LongNet (arXiv 2307.02486) in JAX: exact dilated attention",
   license="Apache-2.0",
   packages=setuptools.find_packages(

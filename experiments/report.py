@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-# name: what makes lists of (head, rows), of which record in docs/.
+# name: what makes lists of (head, rows), of which records in docs/.
 TABLES = {
   "benchmark": (tables.benchmark, "benchmark_cpu"),
   "bytes": (parallel_tables.received, "parallel"),
@@ -37,14 +37,22 @@ TABLES = {
   "decoding": (tables.decoding, "decode_cpu"),
   "compiled_gpu": (tables.compiled_gpu, "gpu_h100"),
   "equality": (parallel_tables.equality, "parallel"),
-  "long": (tables.benchmark, "long_cpu"),
-  "million": (tables.benchmark, "million_cpu"),
-  "plan_v5e": (tables.plan, "plans/pod_v5e"),
-  "quickstart": (tables.quickstart, "quickstart"),
+  "million": (tables.million, "million_cpu"),
+  "plans": (
+    tables.plans,
+    "plans/pod_v5e",
+    "plans/pod_v5p",
+    "plans/longnet_1b_tokens",
+  ),
+  "positions": (tables.positions, "quickstart"),
+  "positions_before": (tables.positions, "quickstart_8192"),
+  "positions_longer": (tables.positions, "longer_8192"),
+  "quickstart": (tables.lengths, "quickstart"),
   "reliability": (tables.reliability, "reliability"),
   "scaling": (parallel_tables.scaling, "parallel"),
   "slide_10k": (tables.slide, "slide_10k_tiles"),
   "slide_100k": (tables.slide, "slide_100k_tiles"),
+  "speed": (tables.speed, "benchmark_cpu", "million_cpu"),
 }
 
 
@@ -92,10 +100,10 @@ def _make(name):
     raise checked.RefusedError(
       f"no table {name!r}; a page may have sample, {', '.join(sorted(TABLES))}"
     )
-  make, stem = TABLES[name]
-  record = _read(stem)
-  found = [_markdown(head, rows) for head, rows in make(record)]
-  return "\n\n".join(found) + _source(record)
+  make, *stems = TABLES[name]
+  records = list(map(_read, stems))
+  found = [_markdown(head, rows) for head, rows in make(*records)]
+  return "\n\n".join(found) + "".join(map(_source, records))
 
 
 def _read(stem):

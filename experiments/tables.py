@@ -1,4 +1,4 @@
-"""Tables of the README from docs/*.json: lists of (head, rows), cells text."""
+"""Tables of the pages from docs/*.json: lists of (head, rows), cells text."""
 
 import functools
 
@@ -10,19 +10,18 @@ from longnet_jax.analysis import report
 _REACH = ("longest segment", "pairs that layers connect")
 
 
-def quickstart(record: dict) -> list[tuple]:
-  """Returns bits per byte of the quickstart model, and what context adds."""
+def lengths(record: dict) -> list[tuple]:
+  """Returns bits per byte of the quickstart model at each context length."""
   rows = [
     (f"LongNet, context {score['length']:,}", f"{score['bits_per_byte']:.4f}")
     for score in record["lengths"]
   ]
   rows.append(("byte trigram", f"{record['trigram_bits_per_byte']:.4f}"))
-  head = "model", f"bits per byte, {record['split']} split"
-  return [(head, rows), _by_position(record)]
+  return [(("model", f"bits per byte, {record['split']} split"), rows)]
 
 
-def _by_position(record):
-  """Returns what the same tokens score with more and with less context."""
+def positions(record: dict) -> list[tuple]:
+  """Returns those, and the same tokens with more and with less context."""
   longest = max(score["length"] for score in record["lengths"])
   head = (
     f"position in windows of {longest:,}",
@@ -39,7 +38,7 @@ def _by_position(record):
     )
     for row in record["positions"]
   ]
-  return head, rows
+  return [*lengths(record), (head, rows)]
 
 
 def comparison(record: dict) -> list[tuple]:
@@ -80,6 +79,40 @@ def benchmark(record: dict) -> list[tuple]:
     )
   head = ("length", "mode", "core", *_REACH, "seconds", "µs a token")
   return [(head + ("of matmul FLOP/s", "temporary KB a token"), rows)]
+
+
+def million(record: dict) -> list[tuple]:
+  """Returns the same without the yardstick, of which one run has one sample."""
+  head, rows = benchmark(record)[0]
+  drop = lambda cells: (*cells[:-2], cells[-1])
+  return [(drop(head), list(map(drop, rows)))]
+
+
+def speed(*records: dict) -> list[tuple]:
+  """Returns time and reach of attention, forward and backward, beside dense."""
+  rows = []
+  for record in records:
+    setting = attention_speed.Setting(**record["setting"])
+    found = {
+      (r["core"], r["length"]): r.get("seconds")
+      for r in record["records"]
+      if r["mode"] == "forward+backward"
+    }
+    for length in sorted({length for _, length in found}):
+      seconds = found["LongNet", length]
+      dense = found.get(("dense, blockwise", length))
+      rows.append(
+        (
+          f"{length:,}",
+          f"{setting.num_heads} x {setting.head_dim}",
+          *_reach(setting.pattern(length)),
+          f"{seconds:.1f}",
+          f"{dense:.1f}" if dense else "",
+          f"{1e6 * seconds / length / setting.batch:.0f}",
+        )
+      )
+  head = ("length", "heads", *_REACH, "LongNet, s", "dense, s")
+  return [(head + ("LongNet, µs a token",), rows)]
 
 
 @functools.cache
@@ -170,24 +203,32 @@ def reliability(record: dict) -> list[tuple]:
   ]
 
 
-def plan(record: dict) -> list[tuple]:
-  """Returns what a training step takes of a pod, of one device."""
+def plans(*records: dict) -> list[tuple]:
+  """Returns what a training step takes of pods, of one device of each."""
+  columns = [_plan(record) for record in records]
+  rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+  return [(("of one device", *(r["topology"] for r in records)), rows)]
+
+
+def _plan(record):
   gib = lambda size: f"{size / 2**30:.2f} GiB"
-  tera = lambda flops: f"{flops / record['devices'] / 1e12:.1f} TFLOP"
+  tera = lambda flops: f"{flops / record['devices'] / 1e12:.0f} TFLOP"
   received = sum(found["bytes"] for found in record["collectives"])
-  rows = [
-    ("peak memory", f"{gib(record['peak_bytes'])}"),
-    ("memory there is", f"{gib(record['limit_bytes'])}"),
-    (
-      "parameters and optimizer",
-      gib(record["parameter_bytes"] + record["optimizer_bytes"]),
+  return {
+    "tokens a window": f"{record['window']:,}",
+    "peak memory": gib(record["peak_bytes"]),
+    "memory there is": gib(record["limit_bytes"]),
+    "in the memory of the host": gib(record["host_bytes"]),
+    "parameters and optimizer": gib(
+      record["parameter_bytes"] + record["optimizer_bytes"]
     ),
-    ("work of the model", tera(record["model_flops"])),
-    ("work with what is computed again", tera(record["computed_flops"])),
-    ("received from other devices", f"{received / 2**20:,.0f} MiB"),
-  ]
-  for name, seconds in record["seconds"].items():
-    rows.append((f"estimate: {name}", f"{1e3 * seconds:,.0f} ms"))
-  rows.append(("estimate: share of peak", f"{record['share_of_peak']:.0%}"))
-  name = f"a step on {record['topology']}, {record['window']:,} tokens a window"
-  return [((name, "a device"), rows)]
+    "work of the model": tera(record["model_flops"]),
+    "work with what is computed again": tera(record["computed_flops"]),
+    "received from other devices": f"{received / 2**20:,.0f} MiB",
+    **{
+      f"estimate: {name}": f"{1e3 * seconds:,.0f} ms"
+      for name, seconds in record["seconds"].items()
+    },
+    "estimate: share of peak": f"{record['share_of_peak']:.0%}",
+    "CPU seconds to compile": f"{record['compile_seconds']:.0f}",
+  }

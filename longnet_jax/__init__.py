@@ -24,6 +24,8 @@ vocabulary. Source: Ding et al., arXiv 2307.02486.
 
 import importlib
 
+from longnet_jax.version import __version__ as __version__
+
 _PUBLIC = {
   "LongNetConfig": "models.config",
   "LongNetEncoder": "models.transformer",

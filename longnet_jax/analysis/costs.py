@@ -141,15 +141,15 @@ def computed_flops(config, length: int) -> int:
   """Returns the FLOPs of a training step as computed, a window of `length`.
 
   Beside those of `train_flops`, scores are computed a second time backward, and
-  with remat="full" all that a block computes forward; with "dots" the first
-  half of its feed-forward layer.
+  with remat="full" or "offload" all that a block computes forward; with "dots"
+  the first half of its feed-forward layer.
 
   Args:
     config: a `LongNetConfig`.
     length: positions of the window.
   """
   projections, logits, pairs = _forward(config, length)
-  again = config.remat == "full"
+  again = config.remat in ("full", "offload")
   scores = (4 * (1 + again) + 10) * config.head_dim * pairs
   products = (3 + again) * projections + 3 * logits
   if config.remat == "dots":

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -8,6 +9,15 @@ from longnet_jax.analysis import costs
 from longnet_jax.models import config as model_config
 from tests.analysis import oracle
 
+_MODEL = model_config.LongNetConfig(
+  vocab_size=11,
+  num_layers=3,
+  model_dim=16,
+  num_heads=2,
+  ffn_dim=40,
+  segment_lengths=(32, 128),
+  dilation_rates=(1, 2),
+)
 PAPER = ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
 
 
@@ -146,3 +156,20 @@ def test_matrix_products_dominate_a_short_window():
   pairs = 3 * costs.attention_pairs(config, 5)
   expected = 3 * (2 * per_token * 5 + 4 * 8 * pairs)
   assert costs.train_flops(config, 5) == expected
+
+
+def test_what_is_computed_again_follows_remat():
+  def computed(remat):
+    config = dataclasses.replace(_MODEL, remat=remat)
+    return costs.computed_flops(config, 256)
+
+  pairs = costs.attention_pairs(_MODEL, 256)
+  width, layers = _MODEL.model_dim, _MODEL.num_layers
+  block = 4 * width**2 + 2 * width * _MODEL.ffn_dim
+  # Backward takes the scores again in any case: 4 + 10 a pair, not 12.
+  none = costs.train_flops(_MODEL, 256) + 2 * layers * _MODEL.head_dim * pairs
+  assert computed("none") == none
+  assert computed("dots") - none == 2 * 256 * layers * width * _MODEL.ffn_dim
+  whole = 2 * 256 * block + 4 * _MODEL.head_dim * pairs
+  assert computed("full") - none == layers * whole
+  assert computed("offload") == computed("full")

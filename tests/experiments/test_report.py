@@ -28,12 +28,12 @@ def test_a_changed_figure_changes_the_table(tmp_path, monkeypatch):
     row["context_worth"] = 0.5
   (tmp_path / "quickstart.json").write_text(json.dumps(record))
   monkeypatch.setattr(report, "DOCS", tmp_path)
-  text = report.rebuild("<!-- table: quickstart -->\nold\n<!-- end -->")
+  text = report.rebuild("<!-- table: positions -->\nold\n<!-- end -->")
   assert "| byte trigram | 7.1250 |" in text and "old" not in text
   assert "| the same tokens in windows of 256 | context is worth |" in text
   assert "| 512 to 1,023 | 2.0000 | 2.5000 | 0.5000 |" in text
 
 
 def test_an_unknown_table_is_refused():
-  with pytest.raises(ValueError, match="no table 'speed'"):
-    report.rebuild("<!-- table: speed -->\n<!-- end -->")
+  with pytest.raises(ValueError, match="no table 'nothing'"):
+    report.rebuild("<!-- table: nothing -->\n<!-- end -->")

@@ -134,7 +134,7 @@ def test_records_say_what_the_host_did_beside_the_steps(straight):
 
 def test_every_number_of_a_record_is_documented(straight):
   workdir, *_ = straight
-  page = pathlib.Path(__file__).parent.parent.parent / "docs" / "running.md"
+  page = pathlib.Path(__file__).parent.parent.parent / "docs" / "training.md"
   documented = set(re.findall(r"`(\w+)`", page.read_text()))
   found = {name for r in metrics.read_metrics(workdir) for name in r}
   found -= {"step", "mixing_weight_1"}

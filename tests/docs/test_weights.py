@@ -1,6 +1,5 @@
-"""docs/checkpoints.md: what it says works."""
+"""docs/weights.md: what it says works."""
 
-import dataclasses
 import pathlib
 import re
 
@@ -12,30 +11,12 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from longnet_jax.models import config as config_lib
-from longnet_jax.models import transformer
-from longnet_jax.training import checkpoint
 
-_PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "checkpoints.md"
+_PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "weights.md"
 
 
-def test_every_example_of_the_page_runs(tmp_path, monkeypatch):
-  config = config_lib.LongNetConfig(
-    vocab_size=11,
-    num_layers=1,
-    model_dim=8,
-    num_heads=2,
-    ffn_dim=8,
-    segment_lengths=(8,),
-    dilation_rates=(2,),
-    max_positions=64,
-    dtype="float32",
-  )
-  init = jax.jit(transformer.LongNetLM(config).init)
-  params = init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-  monkeypatch.chdir(tmp_path)
-  with checkpoint.Checkpoints("runs/quickstart") as checkpoints:
-    settings = {"config": {"model": dataclasses.asdict(config)}}
-    checkpoints.save_params(params, settings)
+def test_every_example_of_the_page_runs(quickstart):
+  config, params = quickstart
   blocks = re.findall(r"```python\n(.*?)```", _PAGE.read_text(), re.DOTALL)
   assert len(blocks) == 7
   names = {}
@@ -54,7 +35,7 @@ def test_every_example_of_the_page_runs(tmp_path, monkeypatch):
   assert loaded == config
   arrays = safetensors_numpy.load_file("model.safetensors")
   np.testing.assert_array_equal(arrays["embedding"], params["embedding"])
-  assert names["state"]["embed_tokens.weight"].shape == (11, 8)
+  assert names["state"]["embed_tokens.weight"].shape == (config.vocab_size, 8)
   assert names["arguments"]["decoder_layers"] == 1
   # What the page warns of; once it works the page is out of date.
   with pytest.raises(ValueError, match="Could not recognize the checkpoint"):

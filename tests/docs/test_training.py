@@ -1,4 +1,4 @@
-"""docs/running.md: its trackers are ones, and it knows every number."""
+"""docs/training.md: its trackers are ones, and it knows every number."""
 
 import pathlib
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from longnet_jax.training import tracker
 
-_PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "running.md"
+_PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "training.md"
 
 
 class _Recorder:
