@@ -17,6 +17,7 @@ from longnet_jax.data import config as data_config
 from longnet_jax.data import corpus, ngram, pipeline, tokenizers
 from longnet_jax.models import attention, transformer
 from longnet_jax.models import config as model_config
+from longnet_jax.ops import blockwise
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.parallel import sharding
 from longnet_jax.training import step as step_lib
@@ -35,6 +36,7 @@ def evaluate(
   loss_chunk: int = 2048,
   mesh: jax.sharding.Mesh | None = None,
   stop: Callable[[int, float], bool] = lambda length, share: False,
+  trained_window: int | None = None,
 ) -> scores.Evaluation:
   """Scores the same text of a split cut into windows of each length.
 
@@ -44,7 +46,9 @@ def evaluate(
   `parallel.mesh` windows, positions and heads are split as in training;
   parameters are then given as they lie over it. `stop(length, share)` is asked
   after each batch, with the share of the length that is done; once it says so,
-  what was read so far is scored by length alone.
+  what was read so far is scored by length alone. Windows longer than a
+  `trained_window` are read block by block, see `ops.blockwise`; without one the
+  core reads them as it is.
 
   Raises ValueError for a length that the positions cannot number or the mesh
   cannot split, and for numbers of tokens below 1.
@@ -57,9 +61,10 @@ def evaluate(
     pattern.as_int(name, value)
   lengths = _checked_lengths(config, lengths)
   mesh = mesh or mesh_lib.make_mesh()
-  model = transformer.LongNetLM(
-    config, attention.make_attention_fn(config, mesh)
-  )
+  attend = attention.make_attention_fn(config, mesh)
+  if trained_window:
+    attend = blockwise.over_blocks(attend, trained_window)
+  model = transformer.LongNetLM(config, attend)
   score = step_lib.jit_on_batch(
     step_lib.make_score(model, loss_chunk=loss_chunk), mesh, params
   )

@@ -9,8 +9,9 @@ import pytest
 from longnet_jax import checked, evaluate, scores
 from longnet_jax.data import config as data_config
 from longnet_jax.data import pipeline
+from longnet_jax.models import attention, transformer
 from longnet_jax.models import config as model_config
-from longnet_jax.models import transformer
+from longnet_jax.ops import blockwise
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.parallel import sharding
 
@@ -120,6 +121,31 @@ def test_scores_are_those_of_the_logits(parts, evaluation):
   np.testing.assert_allclose(
     score.bits_per_byte, nats / np.log(2) / score.bytes, rtol=1e-5
   )
+
+
+def test_beyond_the_trained_window_it_reads_in_blocks(parts, evaluation):
+  config, params, data, tokenizer = parts
+  found = evaluate.evaluate(
+    *parts, [16, 128], batch_tokens=512, loss_chunk=32, trained_window=24
+  )
+  assert found.by_length[16] == evaluation.by_length[16]
+  attend = attention.make_attention_fn(config)
+  model = transformer.LongNetLM(config, blockwise.over_blocks(attend, 24))
+  longest = dataclasses.replace(data, window=128)
+  batch = pipeline.make_source(longest, tokenizer, "test").batch(
+    0, 64, shuffled=False
+  )
+  logits = jax.jit(model.apply)(
+    {"params": params},
+    batch["tokens"],
+    batch["positions"],
+    batch["segment_ids"],
+  )
+  logs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+  chosen = np.take_along_axis(logs, batch["targets"][..., None], -1)[..., 0]
+  nats = -np.sum(chosen * batch["weights"])
+  np.testing.assert_allclose(found.by_length[128].nats, nats, rtol=1e-5)
+  assert abs(nats / evaluation.by_length[128].nats - 1) > 1e-6
 
 
 def test_less_text_is_the_same_text_at_each_length(parts):

@@ -1,0 +1,1 @@
+"""What the studies of experiments.study train, measure and show, one a file."""
