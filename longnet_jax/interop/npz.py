@@ -14,6 +14,7 @@ import zipfile
 import numpy as np
 
 from longnet_jax import checked
+from longnet_jax.interop import zips
 
 # Deflate makes at most 1032 bytes of one.
 _LARGEST_RATIO = 1032
@@ -53,6 +54,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _arrays(archive, file_size):
+  zips.check_directory(archive)
   entries = archive.infolist()
   # Entries that overlap would make a small file a large one.
   if sum(entry.compress_size for entry in entries) > file_size:

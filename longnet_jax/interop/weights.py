@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from longnet_jax import checked, storage
-from longnet_jax.interop import pickles
+from longnet_jax.interop import pickles, zips
 
 _TYPES = {
   "FloatStorage": np.float32,
@@ -135,6 +135,7 @@ def _load(file, path):
   """Returns what the file holds, with _Tensors inside."""
   try:
     with zipfile.ZipFile(file) as archive:
+      zips.check_directory(archive)
       return _Archive(archive, path).load()
   except checked.RefusedError:
     raise

@@ -135,3 +135,18 @@ def test_a_damaged_name_is_no_array_less(tmp_path):
   path.write_bytes(data[:place] + b"x.nqy" + data[place + 5 :])
   with pytest.raises(checked.RefusedError, match="its entry 'x.nqy' is no arr"):
     npz.read(path)
+
+
+def test_an_entry_cannot_hide_those_behind_it(tmp_path):
+  path = tmp_path / "a.npz"
+  np.savez(path, a=np.ones(3), b=np.zeros(3), c=np.ones(2))
+  content = bytearray(path.read_bytes())
+  first = content.index(b"PK\1\2")  # in the directory
+  second = content.index(b"PK\1\2", first + 1)
+  third = content.index(b"PK\1\2", second + 1)
+  content[first + 32] = third - second  # bytes of a comment: all of b
+  path.write_bytes(content)
+  with zipfile.ZipFile(path) as archive:
+    assert archive.namelist() == ["a.npy", "c.npy"]
+  with pytest.raises(checked.RefusedError, match="has 3 entries, and has 2"):
+    npz.read(path)
