@@ -28,12 +28,12 @@ def get_config() -> config_dict.ConfigDict:
   config.data.needle_digits = 1
   config.data.needle_distances = tuple(range(5, 256, 7))
   config.data.window = 256
-  config.training.steps = 600
+  config.training.steps = 1500
   config.training.batch_size = 16
   config.training.log_every = 100
-  config.training.eval_every = 600
+  config.training.eval_every = 1500
   config.training.eval_batches = 16
-  config.training.checkpoint_every = 200
+  config.training.checkpoint_every = 500
   config.training.max_to_keep = 1
   config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 100

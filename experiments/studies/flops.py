@@ -47,15 +47,16 @@ def _draw(record, path):
   cores = sorted({core for core, _ in found})
   for core, colour in zip(cores, curves.colours(len(cores)), strict=True):
     made = {n: each for (c, n), each in found.items() if c == core}
-    flops = [each[0]["train_flops"] for each in made.values()]
+    flops = [each[0]["train_flops"] / 1e12 for each in made.values()]
     series = [[text.bits(m, n) for m in each] for n, each in made.items()]
     style = dict(color=colour, marker="o", label=baselines.LABELS[core])
     text.plot(axes, flops, series, **style)
     for place, values, context in zip(flops, series, made, strict=True):
       offset = dict(xytext=(4, 4), textcoords="offset points", fontsize=8)
       axes.annotate(f"{context:,}", (place, values[0]), **offset)
-  axes.set(xlabel="FLOPs of training", ylabel="bits a byte, test split")
+  axes.set(xlabel="TFLOP of training", ylabel="bits a byte, test split")
   axes.grid(alpha=0.3)
+  axes.margins(0.1)
   axes.legend(title="trained and read at")
   curves.save(picture, path)
 

@@ -14,7 +14,10 @@ from experiments import baselines
 from experiments.studies import runs, text
 from longnet_jax.training import curves
 
-_STYLES = {"dense": "-", "sparse": ":", "dilated": "--"}
+_COLOURS = dict(
+  zip(("dense", "dilated", "sparse"), curves.COLOURS, strict=False)
+)
+_STYLES = (":", "-.", "--", "-")  # from the shortest trained context
 
 
 def _plan(config, seeds):
@@ -71,14 +74,13 @@ def _draw(record, path):
   lengths = text.lengths(record)
   picture = figure.Figure(figsize=(6, 4.5), layout="constrained")
   axes = picture.subplots()
-  colours = dict(zip(lengths, curves.colours(len(lengths)), strict=True))
   for (core, context), found in text.alike(record, "core", "context").items():
     text.plot(
       axes,
       lengths,
       [[text.bits(made, n) for made in found] for n in lengths],
-      color=colours[context],
-      linestyle=_STYLES[core],
+      color=_COLOURS[core],
+      linestyle=_STYLES[lengths.index(context)],
       marker="o",
       label=text.label(core, context),
     )

@@ -68,7 +68,9 @@ def _recalled(model, params, data):
   apply = jax.jit(transformer.LongNetLM(model).apply)
   found = []
   for distance in data.needle_distances:
-    only = dataclasses.replace(data, needle_distances=(distance,))
+    only = dataclasses.replace(
+      data, needle_distances=(distance,), seed=data.seed + distance
+    )
     source = needle.Needle(only, "test")
     batch = source.batch(0, _WINDOWS, shuffled=False)
     logits = apply({"params": params}, batch["tokens"], batch["positions"])

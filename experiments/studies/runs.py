@@ -141,8 +141,8 @@ def known(
   if not storage.exists(path):
     return None
   made = storage.read_json(path)
-  settings = made.pop("settings")
-  return made if settings == _settings(config) else None
+  stored, settings = made.pop("settings"), dataclasses.asdict(config)
+  return None if config_lib.changes(stored, settings) else made
 
 
 def keep(
@@ -152,15 +152,11 @@ def keep(
   made: dict,
 ) -> None:
   """Writes what was measured, for `known`."""
-  text = json.dumps({**made, "name": name, "settings": _settings(config)})
+  settings = dataclasses.asdict(config)
+  text = json.dumps({**made, "name": name, "settings": settings})
   storage.make_dir(folder / name)
   storage.write_whole(_path(folder, name), text + "\n")
 
 
 def _path(folder, name):
   return folder / name / "measured.json"
-
-
-def _settings(config):
-  """All settings as JSON gives them back."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -18,7 +18,7 @@ _SEGMENT = 2048
 _TOKENS = 2**17
 _DENSE = "dense, blockwise"
 _LONGEST_DENSE = 2**15
-_REPEATS = 5
+_REPEATS = 3
 
 
 class _Length(NamedTuple):
