@@ -105,38 +105,29 @@ def _hops(model, length, source, target):
 def _table(record):
   rows = []
   for label, found in _by_model(record).items():
-    layers = found[0]["layers"]
-    for hops in _hop_counts(found[0]["inside"]):
+    first = found[0]
+    for hops in _hop_counts(first["inside"] + first["beyond"]):
       cells = []
       for place in ("inside", "beyond"):
-        each = [
-          statistics.fmean(
-            row["recalled"] for row in made[place] if row["hops"] == hops
-          )
-          for made in found
-        ]
-        spread = f" ± {50 * (max(each) - min(each)):.0f}" if each[1:] else ""
-        cells.append(f"{100 * statistics.fmean(each):.0f}{spread}%")
-      count = sum(row["hops"] == hops for row in found[0]["inside"])
-      rows.append(
-        (label, f"{len(found)}", f"{layers}", _words(hops), f"{count}", *cells)
-      )
-  head = ("model", "seeds", "layers", "to the digit", "distances")
-  return [((*head, "recalled in the trained window", "beyond it"), rows)]
+        shares = [_shares(made[place], hops) for made in found]
+        cells += [f"{len(shares[0])}", _percent(shares)]
+      rows.append((label, f"{len(found)}", _words(hops), *cells))
+  inside = "distances in the trained window", "recalled"
+  beyond = "distances beyond it", "recalled"
+  return [(("model", "seeds", "to the digit", *inside, *beyond), rows)]
 
 
 def _draw(record, path):
   found = _by_model(record)
-  picture = figure.Figure(
-    figsize=(9, 1 + 1.6 * len(found)), layout="constrained"
-  )
+  picture = figure.Figure(figsize=(9, 1 + 1.6 * len(found)), layout="tight")
   panels = picture.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
   for axes, (label, each) in zip(panels, found.items(), strict=True):
-    rows = each[0]["inside"] + each[0]["beyond"]
+    rows = [row for made in each for row in made["inside"] + made["beyond"]]
     for hops in _hop_counts(rows):
+      chosen = [row for row in rows if row["hops"] == hops]
       axes.plot(
-        [row["distance"] for row in rows if row["hops"] == hops],
-        [row["recalled"] for row in rows if row["hops"] == hops],
+        [row["distance"] for row in chosen],
+        [row["recalled"] for row in chosen],
         "o",
         color=curves.COLOURS[hops or 0],
         label=_words(hops),
@@ -144,14 +135,30 @@ def _draw(record, path):
     axes.axvline(each[0]["context"], color="grey", linestyle="--")
     axes.axhline(0.1, color="grey", linestyle=":")
     axes.set(ylim=(0, 1.05), ylabel="recalled")
-    axes.set_title(f"{label}, {each[0]['layers']} layers", fontsize=9)
-    axes.legend(fontsize=8, loc="lower left")
-  panels[-1].set_xlabel("distance, tokens; trained up to the dashed line")
+    axes.set_title(label, fontsize=9)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+  panels[-1].set_xlabel(
+    "distance, tokens; dashed: the trained window, dotted: chance"
+  )
   curves.save(picture, path)
 
 
+def _shares(rows, hops):
+  """What is recalled at the distances of so many hops."""
+  return [row["recalled"] for row in rows if row["hops"] == hops]
+
+
+def _percent(shares):
+  """The mean over distances and seeds, and half of what seeds differ by."""
+  if not shares[0]:
+    return ""
+  means = [100 * statistics.fmean(each) for each in shares]
+  spread = f" ± {(max(means) - min(means)) / 2:.0f}" if means[1:] else ""
+  return f"{statistics.fmean(means):.0f}{spread}%"
+
+
 def _hop_counts(rows):
-  """Numbers of hops that occur, those that no number suffices for last."""
+  """Numbers of hops that occur, and last that none suffices."""
   return sorted({row["hops"] for row in rows}, key=lambda hops: hops or 99)
 
 
@@ -162,10 +169,12 @@ def _words(hops):
 
 
 def _by_model(record):
-  names = {"": "", "one_layer": ", one layer", "gaps": ", gaps"}
+  """The runs that differ in their seed alone, by a name of the model."""
   found = {}
   for made in record["measured"]:
-    label = baselines.LABELS[made["core"]] + names[made["variant"]]
+    gaps = ", gaps" if made["variant"] == "gaps" else ""
+    layers = f", {made['layers']} layer" + "s" * (made["layers"] > 1)
+    label = baselines.LABELS[made["core"]] + gaps + layers
     found.setdefault(label, []).append(made)
   return found
 

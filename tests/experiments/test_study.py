@@ -198,6 +198,9 @@ def test_a_toy_recalls_by_chance(config_file, tmp_path, few):
   assert [row["distance"] for row in made["beyond"]] == [67, 94, 114]
   for row in made["inside"] + made["beyond"]:
     assert 0 <= row["recalled"] < 0.3
+  ((_, rows),) = catalogue.STUDIES["reach"].table(record)
+  assert {row[0] for row in rows} == {"LongNet, 1 layer"}
+  assert sum(int(row[3]) for row in rows) == 3
   assert (tmp_path / "reach.png").stat().st_size > 5000
 
 
