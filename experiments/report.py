@@ -20,6 +20,7 @@ from experiments import (
   parallel_tables,
   tables,
 )
+from experiments.studies import catalogue
 from longnet_jax import checked
 from longnet_jax.analysis import pictures
 
@@ -28,6 +29,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+# Those whose record is in docs/studies/.
+_STUDIES = ("lengths", "reach")
 # name: what makes lists of (head, rows), of which records in docs/.
 TABLES = {
   "benchmark": (tables.benchmark, "benchmark_cpu"),
@@ -38,6 +41,7 @@ TABLES = {
   "compiled_gpu": (tables.compiled_gpu, "gpu_h100"),
   "equality": (parallel_tables.equality, "parallel"),
   "million": (tables.million, "million_cpu"),
+  "plan_paper": (tables.plans, "plans/paper_125m"),
   "plans": (
     tables.plans,
     "plans/pod_v5e",
@@ -53,6 +57,10 @@ TABLES = {
   "slide_10k": (tables.slide, "slide_10k_tiles"),
   "slide_100k": (tables.slide, "slide_100k_tiles"),
   "speed": (tables.speed, "benchmark_cpu", "million_cpu"),
+  **{
+    f"study_{name}": (catalogue.STUDIES[name].table, f"studies/{name}")
+    for name in _STUDIES
+  },
 }
 
 
@@ -74,6 +82,9 @@ def main(_) -> None:
   decode = _read("decode_cpu")
   decode_speed.draw(decode["records"], DOCS / "decode_cpu.png", decode["title"])
   baselines.draw(_read("comparison"), DOCS / "comparison.png")
+  for name in _STUDIES:
+    record = _read(f"studies/{name}")
+    catalogue.STUDIES[name].draw(record, DOCS / "studies" / f"{name}.png")
   names = ", ".join(path.name for path in pages())
   print(f"wrote {names} and the pictures in {DOCS}")
 

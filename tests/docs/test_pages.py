@@ -67,7 +67,8 @@ def _check_settings(settings):
   default = quickstart.get_config()
   for key, value in settings.items():
     assert key in config_lib.flatten(default.to_dict())
-    if not value.isupper():  # such as DIR, in whose place something stands
+    # DIR, or $seed, stand for something.
+    if not value.isupper() and "$" not in value:
       default.update_from_flattened_dict({key: _literal(value)})
   config_lib.build(default)
 
