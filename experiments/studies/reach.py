@@ -16,7 +16,7 @@ from matplotlib import figure
 import numpy as np
 
 from experiments import baselines
-from experiments.studies import runs
+from experiments.studies import runs, text
 from longnet_jax import analysis, checked
 from longnet_jax.data import needle
 from longnet_jax.models import transformer
@@ -171,7 +171,7 @@ def _words(hops):
 def _by_model(record):
   """The runs that differ in their seed alone, by a name of the model."""
   found = {}
-  for made in record["measured"]:
+  for made in sorted(record["measured"], key=text.core_first):
     gaps = ", gaps" if made["variant"] == "gaps" else ""
     layers = f", {made['layers']} layer" + "s" * (made["layers"] > 1)
     label = baselines.LABELS[made["core"]] + gaps + layers

@@ -50,11 +50,11 @@ def alike(record: dict, *keys: str) -> dict[tuple, list[dict]]:
   found = {}
   for made in record["measured"]:
     found.setdefault(tuple(made[key] for key in keys), []).append(made)
-  return dict(sorted(found.items(), key=lambda pair: _order(pair[1][0])))
+  return dict(sorted(found.items(), key=lambda pair: core_first(pair[1][0])))
 
 
-def _order(made):
-  """Cores and contexts in the order of a table."""
+def core_first(made: dict) -> tuple[int, int]:
+  """Sorts runs by core, then context, as a table shows them."""
   return ("dense", "sparse", "dilated").index(made["core"]), made["context"]
 
 
