@@ -116,7 +116,7 @@ def speed(*records: dict) -> list[tuple]:
           f"{1e6 * seconds / length / setting.batch:.0f}",
         )
       )
-  head = ("length", "heads", *_REACH, "LongNet, s", "dense, s")
+  head = ("length", "heads", *_REACH, "LongNet, s", "dense, blockwise, s")
   return [(head + ("LongNet, µs a token",), rows)]
 
 
