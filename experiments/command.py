@@ -171,7 +171,7 @@ def _explained(arguments: Sequence[str]):
   except flags.Error as error:
     if _IN_CONFIG in str(error):
       _fail_to_load(arguments, _first(error))
-    fail(checked.RefusedError(_legal_value(str(error))))
+    fail(checked.RefusedError(_legal_value(str(error)) + _setting(error)))
   except (AttributeError, KeyError) as error:
     keys = [a.lstrip("-").partition("=")[0] for a in arguments]
     known = list(config_lib.flatten(_default().to_dict(), "config."))
@@ -201,6 +201,15 @@ def _first(error: BaseException) -> BaseException:
   while error.__context__ is not None:
     error = error.__context__
   return error
+
+
+def _setting(error: flags.Error) -> str:
+  """The flag that was meant by one that is the key of a setting."""
+  name = getattr(error, "flagname", None)
+  known = config_lib.flatten(_default().to_dict())
+  if "config" not in flags.FLAGS or name not in known:
+    return ""
+  return f"; did you mean --config.{name}?"
 
 
 def _legal_value(message: str) -> str:

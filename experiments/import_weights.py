@@ -107,6 +107,10 @@ def _parse_config(text: str | None):
       config = storage.parse_json(text)
   except checked.RefusedError:
     raise
+  except FileNotFoundError as error:
+    raise checked.RefusedError(
+      f"--config names no file, {checked.shown(text)}; {_SYNTAX}"
+    ) from error
   except ValueError as error:
     raise checked.RefusedError(
       f"--config is no JSON: {error}; {_SYNTAX}"

@@ -99,6 +99,8 @@ def table(evaluation: Evaluation) -> str:
 
 def _position_lines(evaluation: Evaluation) -> Iterator[str]:
   """The same tokens with more and with less context, where there is less."""
+  if not evaluation.by_position:  # stopped before the end
+    return
   if not evaluation.by_position_cut:
     yield "a second, shorter context would show what context is worth"
     return

@@ -244,6 +244,7 @@ def test_what_was_stopped_has_a_picture_without_positions(evaluation, tmp_path):
   stopped = dataclasses.replace(
     evaluation, by_position={}, by_position_cut={}, trigram_bits_per_byte=None
   )
+  assert "context would show" not in scores.table(stopped)
   record = scores.write(stopped, tmp_path / "e.json")
   scores.draw({"one": record}, tmp_path / "e.png")
   assert (tmp_path / "e.png").stat().st_size > 5000

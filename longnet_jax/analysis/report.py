@@ -170,6 +170,8 @@ def _reach_lines(pattern):
   pairs = "causal pairs" if pattern.is_causal else "pairs"
   yield f"{pairs} that are connected"
   for layer, share in enumerate(shares, start=1):
+    if share < 1:  # all is said where it is all
+      share = min(share, 0.999999)
     yield f"  by {layer:>2} layer{' ' if layer == 1 else 's'} {share:>10.4%}"
   if shares[-1] < 1:
     yield "  the others are never connected"

@@ -28,6 +28,13 @@ def test_gaps_and_unread_positions_are_named():
   assert "positions in no branch at all: 16 of 64" in text
 
 
+def test_all_pairs_are_said_to_be_connected_only_where_they_are():
+  pattern = analysis.Pattern(65536, 12, (2048, 8192, 65536), (1, 4, 12))
+  text = analysis.summary(pattern)
+  assert "99.9999%" in text and "100.0000%" not in text
+  assert text.endswith("the others are never connected")
+
+
 def test_a_line_says_what_reaches_a_position():
   fits = analysis.Pattern(1024, 4, (128, 512, 1024), (1, 2, 4))
   assert analysis.reach_line(fits, 4) == (

@@ -141,6 +141,7 @@ def test_a_key_is_changed(parse, monkeypatch, tmp_path):
     ("--config.model.num_layers=" + "x" * 99, "x" * 77 + "...: it must be a"),
     ("--config.model.dropout_rate=x", "=x: it must be a number such as 0.1"),
     ("--config.model.deepnorm=maybe", "=maybe: it must be True or False"),
+    ("--training.init_from=x", "did you mean --config.training.init_from?"),
     ("--config.model.num_layer=1", "did you mean config.model.num_layers?"),
     (
       f"--config={ROOT}/configs/paper.py:1B",

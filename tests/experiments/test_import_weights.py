@@ -146,6 +146,11 @@ def test_a_wrong_model_is_not_written(call, tmp_path):
       {"kind": "torchscale", "workdir": "nowhere"},
       "--config is missing: tensors of torchscale do not tell",
     ),
+    (
+      (_GOLDEN / "gigapath_small.pth",),
+      {"kind": "torchscale", "workdir": "nowhere", "config": "heads"},
+      "--config names no file, 'heads'; give the model's keyword dictionary",
+    ),
   ],
 )
 def test_refuses_in_one_line(call, source, options, message):
