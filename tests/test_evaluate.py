@@ -97,6 +97,15 @@ def test_what_was_read_before_a_stop_is_scored(parts, evaluation):
   assert not found.by_position and found.trigram_bits_per_byte is None
 
 
+def _nats(apply, params, batch):
+  """The loss of a batch, from all of its logits, in float64."""
+  inputs = (batch[key] for key in ("tokens", "positions", "segment_ids"))
+  logits = apply({"params": params}, *inputs)
+  logs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+  chosen = np.take_along_axis(logs, batch["targets"][..., None], -1)[..., 0]
+  return -np.sum(chosen * batch["weights"])
+
+
 def test_scores_are_those_of_the_logits(parts, evaluation):
   config, params, data, tokenizer = parts
   source = pipeline.make_source(data, tokenizer, "test")
@@ -104,15 +113,7 @@ def test_scores_are_those_of_the_logits(parts, evaluation):
   nats = 0.0
   for i in range(source.num_batches(4)):
     batch = source.batch(i, 4, shuffled=False)
-    logits = apply(
-      {"params": params},
-      batch["tokens"],
-      batch["positions"],
-      batch["segment_ids"],
-    )
-    logs = np.asarray(jax.nn.log_softmax(logits), np.float64)
-    chosen = np.take_along_axis(logs, batch["targets"][..., None], -1)[..., 0]
-    nats -= np.sum(chosen * batch["weights"])
+    nats += _nats(apply, params, batch)
   score = evaluation.by_length[16]
   np.testing.assert_allclose(score.nats, nats, rtol=1e-5)
   np.testing.assert_allclose(
@@ -135,15 +136,7 @@ def test_beyond_the_trained_window_it_reads_in_blocks(parts, evaluation):
   batch = pipeline.make_source(longest, tokenizer, "test").batch(
     0, 64, shuffled=False
   )
-  logits = jax.jit(model.apply)(
-    {"params": params},
-    batch["tokens"],
-    batch["positions"],
-    batch["segment_ids"],
-  )
-  logs = np.asarray(jax.nn.log_softmax(logits), np.float64)
-  chosen = np.take_along_axis(logs, batch["targets"][..., None], -1)[..., 0]
-  nats = -np.sum(chosen * batch["weights"])
+  nats = _nats(jax.jit(model.apply), params, batch)
   np.testing.assert_allclose(found.by_length[128].nats, nats, rtol=1e-5)
   assert abs(nats / evaluation.by_length[128].nats - 1) > 1e-6
 

@@ -7,6 +7,7 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from longnet_jax.models import transformer
 from longnet_jax.ops import chunks
 
 
@@ -98,11 +99,6 @@ _weighted_sum.defvjp(_forward, _backward)
 
 def _softmax(features, targets, matrix):
   """Returns logits, their logsumexp, and those of the targets, float32."""
-  logits = jnp.einsum(
-    "btd,dv->btv",
-    features,
-    matrix.astype(features.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  logits = transformer.unembed(features, matrix)
   chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   return logits, jax.nn.logsumexp(logits, axis=-1), chosen
