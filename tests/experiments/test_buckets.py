@@ -112,9 +112,9 @@ def test_a_server_that_vanishes_is_one_line(environment, config_file):
 
 def test_a_slide_in_a_bucket_is_encoded_by_weights_in_it(environment, tmp_path):
   golden = ROOT / "tests" / "golden"
-  slides = np.load(golden / "gigapath_small.npz")
   local, remote = tmp_path / "slide.npz", "gs://bucket/slide.npz"
-  np.savez(local, tiles=slides["tiles"][0], coords=slides["coords"][0])
+  with np.load(golden / "gigapath_small.npz") as slides:
+    np.savez(local, tiles=slides["tiles"][0], coords=slides["coords"][0])
   copy = (
     "import sys\nfrom longnet_jax import storage\n"
     "source, target = map(storage.path, sys.argv[1:])\n"
@@ -139,9 +139,9 @@ def test_a_slide_in_a_bucket_is_encoded_by_weights_in_it(environment, tmp_path):
     _finish(_start(environment, "encode_slide", *flags))
     results[slide] = out
   run([sys.executable, "-c", copy, results[remote], tmp_path / "b.npz"])
-  one, two = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
-  for name in ("cls", "mean", "features", "coords"):
-    np.testing.assert_array_equal(one[name], two[name])
+  with np.load(tmp_path / "a.npz") as one, np.load(tmp_path / "b.npz") as two:
+    for name in ("cls", "mean", "features", "coords"):
+      np.testing.assert_array_equal(one[name], two[name])
   # The weights leave it, too.
   flags = ["--workdir=gs://bucket/slides", "--out=gs://bucket/exported"]
   assert "tensors" in _finish(_start(environment, "export_weights", *flags))

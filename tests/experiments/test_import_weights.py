@@ -60,7 +60,8 @@ def test_slide_encoder_from_pth_to_embedding(call, tmp_path):
   assert note in printed
   config, params = longnet_jax.load_checkpoint(workdir)
   assert isinstance(config, slide_encoder.SlideEncoderConfig)
-  golden = np.load(_GOLDEN / "gigapath_small.npz")
+  with np.load(_GOLDEN / "gigapath_small.npz") as file:
+    golden = dict(file)
   apply = jax.jit(slide_encoder.SlideEncoder(config).apply)
   found = apply({"params": params}, golden["tiles"], golden["coords"])
   np.testing.assert_allclose(found, golden["cls"], atol=1e-4)
@@ -70,9 +71,9 @@ def test_slide_encoder_from_pth_to_embedding(call, tmp_path):
     "encode_slide", workdir=workdir, num_tiles=300, out=out, json=record
   )
   assert note in printed
-  outputs = np.load(out)
-  assert outputs["features"].shape == (300, 64)
-  assert outputs["cls"].shape == outputs["mean"].shape == (64,)
+  with np.load(out) as outputs:
+    assert outputs["features"].shape == (300, 64)
+    assert outputs["cls"].shape == outputs["mean"].shape == (64,)
   record = json.loads(record.read_text())
   assert record["tiles"] == 300
   assert record["command"].startswith("python -m experiments.encode_slide")

@@ -18,13 +18,15 @@ _GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
 def test_reads_what_torch_wrote():
   state = interop.read_pth(_GOLDEN / "gigapath_small.pth")
-  golden = np.load(_GOLDEN / "gigapath_small.npz")
-  names = [name for name in golden.files if name.startswith("param/")]
-  assert sorted(state) == sorted(name.removeprefix("param/") for name in names)
-  for name in names:
-    np.testing.assert_array_equal(
-      state[name.removeprefix("param/")], golden[name]
-    )
+  with np.load(_GOLDEN / "gigapath_small.npz") as golden:
+    given = {
+      name.removeprefix("param/"): array
+      for name, array in golden.items()
+      if name.startswith("param/")
+    }
+  assert state.keys() == given.keys()
+  for name, array in given.items():
+    np.testing.assert_array_equal(state[name], array)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.int64])

@@ -21,7 +21,8 @@ def test_all_goldens_are_there():
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("path", _GOLDENS, ids=lambda path: path.stem)
 def test_matches_torchscale(path, implementation):
-  golden = np.load(path)
+  with np.load(path) as file:
+    golden = dict(file)
   config = json.loads(str(golden["config"]))
   inputs = [jnp.asarray(golden[x]) for x in ("query", "key", "value")]
   assert inputs[0].shape[2] == config["heads"]
