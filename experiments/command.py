@@ -13,7 +13,6 @@ Exit codes tell a supervisor what to do:
 
 from collections.abc import Callable, Sequence
 import contextlib
-import errno
 import hashlib
 import inspect
 import os
@@ -46,14 +45,6 @@ _CODES = {
   storage.StorageError: STORAGE,
   hosts.LostError: hosts.LOST,
 }  # and watchdog.STALLED
-_STORAGE_FAILS = (
-  errno.ENOSPC,
-  errno.EDQUOT,
-  errno.EFBIG,
-  errno.EIO,
-  errno.EROFS,
-  errno.ESTALE,
-)
 # How the library begins when a config file raises; a traceback follows.
 _IN_CONFIG = "Error whilst parsing config file"
 # How the parsers of flags begin to complain -> what they would take.
@@ -137,7 +128,7 @@ def fail(error: Exception) -> typing.NoReturn:
 
 def _code(error: Exception) -> int:
   """What the end of the process says of an error."""
-  if isinstance(error, OSError) and error.errno in _STORAGE_FAILS:
+  if isinstance(error, OSError) and error.errno in storage.FAILURES:
     return STORAGE
   codes = (code for kind, code in _CODES.items() if isinstance(error, kind))
   return next(codes, REFUSED)

@@ -7,6 +7,7 @@ or not at all.
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -25,11 +26,21 @@ from longnet_jax import checked
 _SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
+# A disk that is full, at its quota or limit, broken or read-only, or gone.
+FAILURES = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EIO,
+  errno.EROFS,
+  errno.ESTALE,
+)
+
 Path = pathlib.Path | epath.Path
 
 
 class StorageError(OSError):
-  """A bucket did not answer, or said no."""
+  """A bucket or a disk did not answer, or said no."""
 
 
 def path(name: str | os.PathLike) -> Path:
@@ -117,6 +128,23 @@ def parse_json(text: str | bytes) -> Any:
     return json.loads(text)
   except RecursionError as error:
     raise ValueError("it nests too deep") from error
+
+
+@contextlib.contextmanager
+def written_by_library(folder: Path, advice: str) -> Iterator[None]:
+  """Raises StorageError where a library written in C++ cannot write.
+
+  Such a library raises a RuntimeError that quotes the system.
+  """
+  try:
+    yield
+  except RuntimeError as error:
+    for reason in map(os.strerror, FAILURES):
+      if reason in str(error):
+        raise StorageError(
+          f"cannot write into {os.fspath(folder)!r}: {reason}; {advice}"
+        ) from error
+    raise
 
 
 @contextlib.contextmanager

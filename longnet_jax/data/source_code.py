@@ -237,9 +237,12 @@ def _build(
       return
     for left_by_a_killed_process in path.parent.glob("incomplete.*"):
       shutil.rmtree(left_by_a_killed_process)
-    SourceCode(
+    builder = SourceCode(
       config=settings, data_dir=data_dir, file_format="array_record"
-    ).download_and_prepare()
+    )
+    advice = "make room, or set data_dir to a folder of another disk"
+    with storage.written_by_library(data_dir, advice):
+      builder.download_and_prepare()
     mirror.publish(path)
 
 

@@ -6,7 +6,7 @@ import sysconfig
 
 import pytest
 
-from longnet_jax import checked
+from longnet_jax import checked, storage
 from longnet_jax.data import config as config_lib
 from longnet_jax.data import documents as documents_lib
 from longnet_jax.data import source_code
@@ -239,3 +239,16 @@ def test_links_to_folders_are_left_out_and_said(tmp_path, capsys):
   _write(corpus, {"a.py": b"a"})
   assert [file.path for file in _scan(corpus)] == ["a.py"]
   assert "1 links to folders are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reason", ["No space left on device", "a defect"])
+def test_a_full_disk_is_no_defect(tmp_path, monkeypatch, reason):
+  def prepare(self):
+    raise RuntimeError(f"Failed to finalize writing: write() failed: {reason};")
+
+  monkeypatch.setattr(source_code.SourceCode, "download_and_prepare", prepare)
+  config = _config(_folder(tmp_path / "src", 3), tmp_path / "data")
+  full = pytest.raises(storage.StorageError, match="data': No space .*data_dir")
+  defect = pytest.raises(RuntimeError, match="a defect")
+  with defect if reason == "a defect" else full:
+    documents_lib.Documents(config)
