@@ -122,15 +122,17 @@ class MultiHeadAttention(nn.Module):
     gain = layers.initial_gain(config)
     heads = (config.num_heads, config.head_dim)
     kv_heads = (config.kv_heads, config.head_dim)
-    self.query = layers.linear(heads)
-    self.key = layers.linear(kv_heads)
-    self.value = layers.linear(kv_heads, gain=gain)
-    self.out = layers.linear((config.model_dim,), axes=2, gain=gain)
+    self.query = layers.Linear(heads)
+    self.key = layers.Linear(kv_heads)
+    self.value = layers.Linear(kv_heads, gain=gain)
+    self.out = layers.Linear((config.model_dim,), axes=2, gain=gain)
     if config.sub_layernorm:
       self.norm = layers.LayerNorm(heads, config.layernorm_epsilon)
 
   def project(
-    self, x: Float[Array, "B T D"], rotation: rotary.Rotation | None
+    self,
+    x: Float[Array, "B T D"] | layers.Normalized,
+    rotation: rotary.Rotation | None,
   ) -> tuple[Array, Array, Array]:
     """Returns query (B, T, N, H), key and value (B, T, K, H), rotated."""
     query, key, value = self.query(x), self.key(x), self.value(x)
@@ -142,7 +144,7 @@ class MultiHeadAttention(nn.Module):
   def output(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     """Returns the update of the residual stream."""
     if self.config.sub_layernorm:
-      attended = self.norm(attended)
+      attended = self.norm.before_linear(attended)
     return _named(self.out(attended))
 
 

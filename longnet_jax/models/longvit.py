@@ -66,7 +66,7 @@ class LongViT(nn.Module):
     """Declares the parameters outside and inside the blocks."""
     config = self.config
     width, epsilon = (config.model_dim,), config.layernorm_epsilon
-    self.patch_embedding = layers.linear(width, axes=3)
+    self.patch_embedding = layers.Linear(width, axes=3)
     self.positions = self.param(
       "positions",
       nn.initializers.normal(0.02),
@@ -79,7 +79,7 @@ class LongViT(nn.Module):
       self.final_norm = layers.LayerNorm(width, epsilon)
     if config.num_classes:
       self.pool_norm = layers.LayerNorm(width, epsilon)
-      self.head = layers.linear((config.num_classes,))
+      self.head = layers.Linear((config.num_classes,))
     self.dropout = nn.Dropout(config.dropout_rate)
 
   def __call__(

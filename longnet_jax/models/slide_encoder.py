@@ -65,7 +65,7 @@ class SlideEncoder(nn.Module):
     """Declares the parameters outside and inside the blocks."""
     config = self.config
     width = (config.model_dim,)
-    self.tile_embedding = layers.linear(width)
+    self.tile_embedding = layers.Linear(width)
     self.cls_token = self.param(
       "cls_token", nn.initializers.normal(0.02), width, jnp.float32
     )

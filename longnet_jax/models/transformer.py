@@ -80,7 +80,7 @@ class Block(nn.Module):
   ) -> tuple[Array, Array, Array]:
     """Returns query (B, T, N, H), key and value (B, T, K, H)."""
     if self.config.norm_position == "pre":
-      x = self.attention_norm(x)
+      x = self.attention_norm.before_linear(x)
     return self.attention.project(x, rotation)
 
   def complete(
@@ -102,7 +102,7 @@ class Block(nn.Module):
     update = self.attention.output(attended)
     if self.config.norm_position == "pre":
       x = add(x, update)
-      return add(x, self.ffn(self.ffn_norm(x)))
+      return add(x, self.ffn(self.ffn_norm.before_linear(x)))
     x = self.attention_norm(add(x, update))
     return self.ffn_norm(add(x, self.ffn(x)))
 

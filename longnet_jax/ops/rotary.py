@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
@@ -108,12 +109,27 @@ def _rotate(x, rotation, scale):
   if kernels.platform() == "tpu":
     if cos.shape[-1] < x.shape[-1]:
       cos, sin = (jnp.repeat(table, 2, axis=-1) for table in (cos, sin))
-    wide = x.astype(jnp.float32)
-    return (wide * cos + _quarter_turn(x) * sin).astype(x.dtype)
+    return _turn(x, cos, sin)
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
   return turned.reshape(x.shape).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _turn(x, cos, sin):
+  """Turns pairs by tables that have each number for both of a pair.
+
+  Backward turns them back: JAX would transpose the product in float32.
+  """
+  wide = x.astype(jnp.float32)
+  return (wide * cos + _quarter_turn(x) * sin).astype(x.dtype)
+
+
+_turn.defvjp(
+  lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)),
+  lambda tables, dx: (_turn(dx, tables[0], -tables[1]), None, None),
+)
 
 
 def _quarter_turn(x):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from longnet_jax.models import config as config_lib
-from longnet_jax.models import layers
+from longnet_jax.models import gelu, layers
 
 _make = functools.partial(
   config_lib.LongNetConfig,
@@ -30,7 +30,7 @@ def _random(*shape):
 
 def test_linear_contracts_the_last_axes():
   x = jnp.asarray(_random(2, 3, 4, 5))
-  linear = layers.linear((6, 7), axes=2)
+  linear = layers.Linear((6, 7), axes=2)
   params = linear.init(jax.random.key(0), x)["params"]
   params["bias"] = jnp.asarray(_random(6, 7))
   y = linear.apply({"params": params}, x)
@@ -60,6 +60,71 @@ def test_layernorm_of_bfloat16_is_computed_in_float32():
   exact = norm.apply(params, x.astype(jnp.float32))
   assert y.dtype == jnp.bfloat16
   np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+
+
+def _normalized_product(x, scale, bias, kernel, added, dy):
+  """LayerNorm and a linear map in float64, and all gradients."""
+  centred = x - x.mean(-1, keepdims=True)
+  deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+  rows = centred / deviation
+  y = (rows * scale + bias) @ kernel + added
+  dnormalized = dy @ kernel.T
+  drows = dnormalized * scale
+  dx = drows - drows.mean(-1, keepdims=True)
+  dx = (dx - rows * (drows * rows).mean(-1, keepdims=True)) / deviation
+  return y, (
+    dx,
+    (dnormalized * rows).sum(0),
+    dnormalized.sum(0),
+    (rows * scale + bias).T @ dy,
+    dy.sum(0),
+  )
+
+
+@pytest.mark.parametrize("mean", [0, 20])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_linear_map_takes_over_scale_and_bias(dtype, mean):
+  random = np.random.default_rng(0)
+  shapes = (64, 48), (48,), (48,), (48, 32), (32,), (64, 32)
+  arrays = [random.normal(size=shape) for shape in shapes]
+  arrays[0] = arrays[0] + mean
+  x = jnp.asarray(arrays[0], dtype)
+  dy = jnp.asarray(arrays[-1], dtype)
+  arrays[0], arrays[-1] = (np.asarray(a, np.float64) for a in (x, dy))
+  y, gradients = _normalized_product(*arrays)
+
+  norm, linear = layers.LayerNorm((48,), 1e-5), layers.Linear((32,))
+
+  def apply(x, scale, bias, kernel, added):
+    params = {"params": {"scale": scale, "bias": bias}}
+    normalized = norm.apply(params, x, method="before_linear")
+    assert isinstance(normalized, layers.Normalized) == (dtype == "bfloat16")
+    return linear.apply(
+      {"params": {"kernel": kernel, "bias": added}}, normalized
+    )
+
+  parameters = [jnp.asarray(a, jnp.float32) for a in arrays[1:-1]]
+  found, pull = jax.vjp(apply, x, *parameters)
+  assert found.dtype == x.dtype
+  near = 1e-5 if dtype == "float32" else 2**-6
+  for a, b in zip((found, *pull(dy)), (y, *gradients), strict=True):
+    scale = np.abs(b).max()
+    np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=near * scale)
+
+
+def test_gelu_of_every_bfloat16_is_exact_but_for_rounding():
+  x = np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16)
+  x = jnp.asarray(x[np.abs(x.astype(np.float32)) < 20])
+  wide = np.asarray(x, np.float64)
+  below = 0.5 * np.vectorize(math.erfc)(-wide / math.sqrt(2))
+  slope = below + wide * np.exp(-(wide**2) / 2) / math.sqrt(2 * math.pi)
+  y, pull = jax.vjp(gelu.gelu, x)
+  (dx,) = pull(jnp.ones_like(x))
+  for found, exact in ((y, wide * below), (dx, slope)):
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+      np.asarray(found, np.float64), exact, rtol=2**-8, atol=5e-7
+    )
 
 
 def test_feed_forward_uses_the_exact_gelu_and_the_inner_norm():

@@ -116,17 +116,17 @@ def test_on_tpu_pairs_are_turned_by_a_product(dtype):
     tables = make(positions, head_dim=_HEAD_DIM)
     both = make(positions, head_dim=_HEAD_DIM, both=True)
     assert both.sin.shape == (2, 5, _HEAD_DIM)
-    wanted = rotary.rotate_key(x, tables)
+    turn = lambda table: jax.vjp(lambda x: rotary.rotate_key(x, table), x)
+    wanted, pull = turn(tables)
+    (wanted_gradient,) = pull(x)
     with kernels.compiling_for("tpu"):
-      found = rotary.rotate_key(x, tables)
+      found, pull = turn(tables)
       np.testing.assert_array_equal(rotary.rotate_key(x, both), found)
-    assert found.dtype == wanted.dtype
-    np.testing.assert_allclose(
-      found.astype(jnp.float32),
-      wanted.astype(jnp.float32),
-      rtol=1e-6,
-      atol=1e-6,
-    )
+      (gradient,) = pull(x)
+    for a, b in ((found, wanted), (gradient, wanted_gradient)):
+      assert a.dtype == b.dtype
+      a, b = (y.astype(jnp.float32) for y in (a, b))
+      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_positions_may_be_traced_and_differ_within_a_batch():

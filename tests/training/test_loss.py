@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from longnet_jax.ops import kernels
 from longnet_jax.training import loss
 
 
@@ -76,3 +77,21 @@ def test_half_precision_features_are_summed_in_float32(inputs):
   assert total.dtype == weight.dtype == jnp.float32
   expected = _whole(features, matrix, targets, weights)
   np.testing.assert_allclose(total, expected, rtol=2e-2)
+
+
+def test_on_tpu_softmax_is_made_of_two_products(inputs):
+  features, matrix, targets, weights = inputs
+  features = features.astype(jnp.bfloat16)
+
+  def total(features, matrix):
+    return loss.cross_entropy(features, matrix, targets, weights, chunk=4)[0]
+
+  wanted = jax.value_and_grad(total, argnums=(0, 1))(features, matrix)
+  with kernels.compiling_for("tpu"):
+    found = jax.value_and_grad(total, argnums=(0, 1))(features, matrix)
+  for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    assert a.dtype == b.dtype
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    # The exponentials and their products are rounded to bfloat16.
+    np.testing.assert_allclose(a, b, atol=2**-6 * np.abs(b).max())
+  np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
