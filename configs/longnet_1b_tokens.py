@@ -35,6 +35,6 @@ def get_config() -> config_dict.ConfigDict:
   config.model.ffn_chunk = 65_536 * DEVICES
   config.data.layout = "stream"
   config.data.window = _WINDOW
-  config.training.loss_chunk = 4096 * DEVICES
+  config.training.loss_chunk = 2048 * DEVICES
   config.mesh.seq = DEVICES
   return config

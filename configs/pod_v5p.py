@@ -30,7 +30,7 @@ def get_config() -> config_dict.ConfigDict:
   config.data.level = "repository"  # files are shorter than a window
   config.data.window = _WINDOW
   config.training.batch_size = 1
-  config.training.loss_chunk = 4096 * 128  # 4096 positions a device
+  config.training.loss_chunk = 2048 * 128  # 2048 positions a device
   config.training.steps = 5_000
   config.mesh.seq = 128
   return config
