@@ -59,18 +59,14 @@ def _plan(config, seeds):
 def _table(record):
   shortest, *_, longest = text.lengths(record)
   found = text.alike(record, "variant")
-  base = {made["seed"]: made for made in found["",]}
+  changes = _changes(record, longest)
   rows = []
   for (variant,), each in found.items():
     pairs = each[0]["attention_pairs"] / longest
     scores = (
       text.cell(text.bits(m, n) for m in each) for n in (shortest, longest)
     )
-    change = [
-      text.bits(made, longest) - text.bits(base[made["seed"]], longest)
-      for made in each
-      if variant and made["seed"] in base
-    ]
+    change = changes.get(variant)
     rows.append(
       (
         _NAMES[variant],
@@ -84,18 +80,33 @@ def _table(record):
   return [((*head, f"at {longest:,}", "change, seed by seed"), rows)]
 
 
+def _changes(record, length):
+  """Returns variant -> bits per byte more than as configured, of each seed."""
+  found = text.alike(record, "variant")
+  base = {made["seed"]: text.bits(made, length) for made in found["",]}
+  changes = {
+    variant: [
+      text.bits(made, length) - base[made["seed"]]
+      for made in each
+      if made["seed"] in base
+    ]
+    for (variant,), each in found.items()
+    if variant
+  }
+  return {variant: change for variant, change in changes.items() if change}
+
+
 def _draw(record, path):
   longest = text.lengths(record)[-1]
-  found = text.alike(record, "variant")
+  changes = _changes(record, longest)
   picture = figure.Figure(figsize=(7, 3.5), layout="constrained")
   axes = picture.subplots()
-  for place, ((variant,), each) in enumerate(found.items()):
-    scores = [text.bits(made, longest) for made in each]
-    colour = curves.COLOURS[1 if variant else 0]
-    axes.plot(scores, [place] * len(scores), "o", color=colour)
-  axes.set_yticks(range(len(found)), [_NAMES[variant] for (variant,) in found])
+  axes.axvline(0, color="k", linewidth=1)
+  for place, change in enumerate(changes.values()):
+    axes.plot(change, [place] * len(change), "o", color=curves.COLOURS[1])
+  axes.set_yticks(range(len(changes)), [_NAMES[name] for name in changes])
   axes.invert_yaxis()
-  axes.set_xlabel(f"bits a byte at {longest:,}, test split; a dot a seed")
+  axes.set_xlabel(f"change in bits a byte at {longest:,}; a dot a seed")
   axes.grid(alpha=0.3)
   curves.save(picture, path)
 
