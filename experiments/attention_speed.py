@@ -9,6 +9,7 @@ scores forward, 14 H forward and backward, over the time.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import math
 import os
 import statistics
 import time
@@ -21,15 +22,21 @@ import numpy as np
 from longnet_jax import analysis
 from longnet_jax.analysis import chips
 from longnet_jax.ops import dilated_attention as op
+from longnet_jax.ops import kernels
+from longnet_jax.parallel import mesh as mesh_lib
+from longnet_jax.parallel import sequence
 
 MODES = ("forward", "forward+backward")
-_MATMUL = 2048  # rows of the matrix product that is the yardstick
+# Rows of the matrix product that is the yardstick: milliseconds of it, beside
+# which the microseconds of a launch are nothing.
+_MATMUL = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 # Colour and marker of each core.
 _STYLES = {
   "LongNet": ("#d55e00", "o"),
   "dense, blockwise": ("#0072b2", "s"),
   "dense, jax.nn": ("#56b4e9", "^"),
   "dense, cuDNN": ("#009e73", "v"),
+  "dense, Pallas": ("#009e73", "v"),
 }
 
 
@@ -57,28 +64,62 @@ class Setting:
 
 
 def cores(setting: Setting, length: int) -> dict[str, Callable]:
-  """Returns the attention functions (query, key, value) -> out by name."""
-  dilated = functools.partial(op.dilated_attention, is_causal=setting.is_causal)
+  """Returns the attention functions (query, key, value) -> out by name.
+
+  Those of the platform: LongNet takes its fastest kernel, and dense attention
+  is that of the vendor as well.
+  """
+  platform, is_causal = kernels.platform(), setting.is_causal
+  dilated = longnet = op.dilated_attention
+  if platform == "tpu":
+    # No compiler may split the kernel, as on a host of several chips it could.
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    longnet = sequence.over_mesh(mesh)
   jax_dense = functools.partial(
-    jax.nn.dot_product_attention, is_causal=setting.is_causal
+    jax.nn.dot_product_attention, is_causal=is_causal
   )
   found = {
     "LongNet": functools.partial(
-      dilated,
+      longnet,
       segment_lengths=setting.segment_lengths,
       dilation_rates=setting.dilation_rates,
+      is_causal=is_causal,
     ),
     "dense, blockwise": functools.partial(
       dilated,
       segment_lengths=(length,),
       dilation_rates=(1,),
+      is_causal=is_causal,
       implementation="xla",
     ),
     "dense, jax.nn": jax_dense,
   }
-  if jax.default_backend() == "gpu":
+  if platform == "gpu":
     found["dense, cuDNN"] = functools.partial(jax_dense, implementation="cudnn")
+  if platform == "tpu":
+    found["dense, Pallas"] = functools.partial(_splash, is_causal=is_causal)
   return found
+
+
+def _splash(query, key, value, *, is_causal):
+  """Returns dense attention (B, T, N, H) by the TPU kernel that JAX ships.
+
+  It refuses a length that is no multiple of 128.
+  """
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
+  length, heads, width = query.shape[1:]
+  kind = splash_attention.CausalMask if is_causal else splash_attention.FullMask
+  kernel = splash_attention.make_splash_mha(
+    splash_attention.MultiHeadMask([kind((length, length))] * heads),
+    # Of queries and of keys, forward and in both programs backward.
+    block_sizes=splash_attention.BlockSizes(*[math.gcd(length, 512)] * 8),
+    head_shards=1,
+    q_seq_shards=1,
+  )
+  query = query * jnp.asarray(width**-0.5, query.dtype)
+  rows = (x.swapaxes(1, 2) for x in (query, key, value))
+  return jax.vmap(kernel)(*rows).swapaxes(1, 2)
 
 
 def measure(
@@ -112,7 +153,12 @@ def measure(
     jax.random.normal(jax.random.key(i), shape, setting.dtype)
     for i in range(3 if mode == "forward" else 4)
   ]
-  matmul = functools.partial(jax.jit(jnp.matmul), *_matrices(setting.dtype))
+  size = _MATMUL[jax.default_backend()]
+  matrices = [
+    jax.random.normal(jax.random.key(i), (size, size), setting.dtype)
+    for i in range(2)
+  ]
+  matmul = functools.partial(jax.jit(jnp.matmul), *matrices)
   _seconds(matmul)
   times = {name: [] for name in compiled}
   rates = []
@@ -120,7 +166,7 @@ def measure(
     for name, run in compiled.items():
       say(f"{mode}, {length:,}: run {repeat} of {repeats}, {name}")
       # The best of a few: the first finds processors asleep.
-      rate = 2 * _MATMUL**3 / min(_seconds(matmul) for _ in range(3))
+      rate = 2 * size**3 / min(_seconds(matmul) for _ in range(3))
       seconds = _seconds(functools.partial(run, *tensors))
       if repeat:
         rates.append(rate)
@@ -223,13 +269,6 @@ def _free_bytes():
   if stats and "bytes_limit" in stats:
     return stats["bytes_limit"] - stats["bytes_in_use"]
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def _matrices(dtype):
-  return [
-    jax.random.normal(jax.random.key(i), (_MATMUL, _MATMUL), dtype)
-    for i in range(2)
-  ]
 
 
 def _seconds(run):

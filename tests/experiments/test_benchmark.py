@@ -1,13 +1,19 @@
 """The benchmark: its figures, its JSON and picture, and where it stops."""
 
 import json
+import re
 
 from absl import flags
 from absl.testing import flagsaver
+import jax
+from jax.experimental.pallas import tpu as pltpu
+import numpy as np
 import pytest
 
 from experiments import attention_speed, benchmark, tables
 from longnet_jax import analysis
+from longnet_jax.analysis import chips
+from longnet_jax.ops import kernels
 
 SMALL = {
   "lengths": ["32", "64"],
@@ -23,7 +29,7 @@ SMALL = {
 def quick(monkeypatch):
   """What a product reaches at best is measured with a small one."""
   flags.FLAGS.mark_as_parsed()
-  monkeypatch.setattr(attention_speed, "_MATMUL", 64)
+  monkeypatch.setitem(attention_speed._MATMUL, "cpu", 64)
 
 
 @pytest.fixture
@@ -37,7 +43,8 @@ def run(tmp_path, **changes):
   return json.loads((tmp_path / "benchmark_cpu.json").read_text())
 
 
-def test_sweep_writes_figures_that_fit_together(tmp_path, capsys):
+def test_sweep_writes_figures_that_fit_together(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(chips, "peak_flops", lambda: 1e9)
   document = run(tmp_path, passes=["forward"])
   assert (tmp_path / "benchmark_cpu.png").stat().st_size > 10_000
   assert document["hardware"]["backend"] == "cpu"
@@ -48,8 +55,10 @@ def test_sweep_writes_figures_that_fit_together(tmp_path, capsys):
     work = analysis.cost(pattern, head_dim=8).forward_flops
     rate = record["useful_flops_per_second"]
     assert rate * record["seconds"] == pytest.approx(work, rel=1e-4)
+    assert record["share_of_peak"] == pytest.approx(rate / 1e9, rel=1e-4)
     assert record["temporary_bytes"] > 0
   printed = capsys.readouterr().out
+  assert f"{record['share_of_peak']:.0%}" in printed
   assert "64  LongNet's reach: the window of 64 is longer than the" in printed
   ((_, rows),) = tables.benchmark(document)
   connected = f"{analysis.coverage(pattern)[-1]:.1%}"
@@ -59,6 +68,52 @@ def test_sweep_writes_figures_that_fit_together(tmp_path, capsys):
     ("64", "forward", "dense, blockwise", "64", "100%"),
     ("64", "forward", "dense, jax.nn", "64", "100%"),
   }
+
+
+# The kernels of each core, by platform.
+CORES = {
+  "gpu": {
+    "LongNet": "__cudnn$fmhaSoftmax",
+    "dense, cuDNN": "__cudnn$fmhaSoftmax",
+  },
+  "tpu": {"LongNet": "longnet_forward", "dense, Pallas": "splash_mha_fwd"},
+}
+
+
+@pytest.mark.parametrize("platform", CORES)
+def test_longnet_stands_beside_the_dense_kernel_of_the_vendor(
+  platform, monkeypatch
+):
+  """Lowered, not compiled: that needs neither a GPU nor a TPU."""
+  library = jax._src.cudnn.fused_attention_stablehlo
+  monkeypatch.setattr(library, "check_cudnn_version", lambda: 91200)
+  target = {"gpu": "cuda"}.get(platform, platform)
+  setting = attention_speed.Setting(2, 64, (64, 128), (1, 2), dtype="bfloat16")
+  rows = jax.ShapeDtypeStruct((1, 256, 2, 64), setting.dtype)
+  found = {}
+  with (
+    kernels.compiling_for(platform),
+    jax.numpy_dtype_promotion("standard"),  # for jax.nn
+  ):
+    for name, core in attention_speed.cores(setting, 256).items():
+      traced = jax.jit(core).trace(rows, rows, rows)
+      text = traced.lower(lowering_platforms=(target,)).as_text()
+      kernel = re.search(
+        r"__cudnn\$fmhaSoftmax|longnet_forward|splash_mha_fwd", text
+      )
+      found[name] = kernel and kernel[0]
+  plain = dict.fromkeys(("dense, blockwise", "dense, jax.nn"))
+  assert found == {**CORES[platform], **plain}
+  assert set(found) <= set(attention_speed._STYLES)
+
+
+def test_the_dense_kernel_for_tpu_is_dense_attention():
+  rng = np.random.default_rng(0)
+  tensors = rng.normal(size=(3, 1, 128, 2, 8)).astype(np.float32)
+  with pltpu.force_tpu_interpret_mode(), jax.numpy_rank_promotion("allow"):
+    found = attention_speed._splash(*tensors, is_causal=True)
+  wanted = jax.nn.dot_product_attention(*tensors, is_causal=True)
+  np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
 @pytest.mark.usefixtures("undrawn")
