@@ -18,6 +18,7 @@ def check(path):
   assert max(r["length"] for r in records) == 2**20
   for record in records:
     moved, temporary = BOUNDS[record["mode"]]
+    assert record["of_cudnn"] > 0
     # The same a token at every length.
     assert record["bytes"] < moved * 1e9 * record["length"] / 32768
     if record["length"] == 32768:
