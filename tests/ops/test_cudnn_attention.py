@@ -1,11 +1,9 @@
 """All of cuDNN's kernel but cuDNN: on CPU plain functions stand in for it."""
 
-import contextlib
 import functools
 import re
 import types
 
-import hypothesis
 import jax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
@@ -14,115 +12,11 @@ import numpy as np
 import pytest
 
 import longnet_jax
-from longnet_jax.ops import kernels, mixture
+from longnet_jax.ops import kernels
 from longnet_jax.ops.kernels import cudnn_attention
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.parallel import sequence
-from tests.ops import plain_cudnn
-from tests.ops import test_dilated_attention as family
-
-SETTINGS = family.settings_strategy(widths=(8, 16), ids=(False,))
-
-
-def slow(value):
-  return pytest.param(value, marks=pytest.mark.slow)
-
-
-def check_setting(setting):
-  options, traced, tensors = setting
-  with plain_cudnn.installed():
-    found = family.run("cudnn", tensors, options, traced)
-  family.check(found, family.expected(tensors, options, traced))
-
-
-@hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
-@hypothesis.given(SETTINGS)
-def test_equals_oracle(setting):
-  check_setting(setting)
-
-
-@pytest.mark.slow
-@hypothesis.settings(max_examples=300, deadline=None)
-@hypothesis.given(SETTINGS)
-def test_equals_oracle_at_length(setting):
-  jax.clear_caches()
-  check_setting(setting)
-
-
-@pytest.mark.parametrize("library", ["plain", "cuDNN"])
-def test_bfloat16_is_rounded_float32(library):
-  """With cuDNN itself where there is a GPU; an example sees no key at all."""
-  if library == "cuDNN" and jax.default_backend() != "gpu":
-    pytest.skip("needs an NVIDIA GPU")
-  tensors = family.inputs(3, 40, 4, 2, 16, dtype=jnp.bfloat16)
-  traced = {"key_value_seq_lengths": jnp.array([40, 23, 0])}
-  installed = plain_cudnn.installed
-  with installed() if library == "plain" else contextlib.nullcontext():
-    found = family.run("cudnn", tensors, family.PAPER, traced)
-  wanted = family.expected(tensors, family.PAPER, traced)
-  family.check(found, wanted, values=2e-2, gradients=6e-2)
-
-
-@pytest.mark.parametrize("is_causal", [False, slow(True)])
-def test_gradients_without_one_of_lse_window_by_window(is_causal, monkeypatch):
-  monkeypatch.setitem(mixture.WINDOW, "gpu", 1)
-  tensors = family.inputs(2, 96, 4, 2, 8)
-  options = {**family.PAPER, "is_causal": is_causal}
-  lengths = jnp.array([96, 53])
-
-  def grads(implementation):
-    def loss(*tensors):
-      out = longnet_jax.dilated_attention(
-        *tensors,
-        **options,
-        key_value_seq_lengths=lengths,
-        implementation=implementation,
-      )
-      return (out**2).sum()
-
-    return jax.jit(jax.grad(loss, (0, 1, 2)))(*tensors)
-
-  wanted = grads("reference")
-  with plain_cudnn.installed():
-    found = grads("cudnn")
-  for x, y in zip(found, wanted, strict=True):
-    np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("is_causal", [True, slow(False)])
-def test_branches_over_several_devices(is_causal):
-  options = {
-    "segment_lengths": (8, 16, 32),
-    "dilation_rates": (1, 2, 4),
-    "is_causal": is_causal,
-  }
-  tensors = family.inputs(2, 32, 4, 2, 8)
-  attend = functools.partial(
-    longnet_jax.sequence_parallel_attention,
-    mesh=mesh_lib.make_mesh(seq=4),
-    implementation="cudnn",
-    **options,
-  )
-
-  def run(query, key, value, dout):
-    out, pull = jax.vjp(attend, query, key, value)
-    return out, *pull(dout)
-
-  dout = family.normal(7, *tensors[0].shape)
-  with plain_cudnn.installed():
-    found = jax.jit(run)(*tensors, dout)
-  wanted = run_reference(tensors, dout, options)
-  for x, y in zip(found, wanted, strict=True):
-    np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
-
-
-def run_reference(tensors, dout, options):
-  attend = functools.partial(
-    longnet_jax.dilated_attention, implementation="reference", **options
-  )
-  out, pull = jax.vjp(jax.jit(attend), *tensors)
-  return out, *pull(dout)
-
+from tests.ops import family
 
 REFUSALS = {
   "attends in bfloat16, not float32": {"dtype": jnp.float32},

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import longnet_jax
-from longnet_jax.ops import kernels, mixture
-from longnet_jax.ops.kernels import xla
+from longnet_jax.ops import kernels
 from longnet_jax.parallel import mesh as mesh_lib
+from tests.ops import family
 
 # On 2, 4 and 8 devices segments lie inside a shard, equal it, and span 2, 4
 # and all shards; the rate 6 divides neither its segments nor the shards.
@@ -148,14 +148,10 @@ def test_examples_and_heads_may_be_split_as_well():
 
 
 @pytest.mark.parametrize("case, is_causal", [("ragged", False), ("even", True)])
-def test_long_rows_are_cut_into_tiles(case, is_causal, monkeypatch):
-  sizes = xla.Sizes(block=3, key_block=4, tile=6, whole=4, scores=1)
-  monkeypatch.setitem(xla.SIZES, "small", sizes)
-  monkeypatch.setitem(mixture.WINDOW, "small", 1)
-  monkeypatch.setitem(mixture.STRETCH, "small", 1)
+def test_long_rows_are_cut_into_tiles(case, is_causal):
   attend = functools.partial(
     longnet_jax.sequence_parallel_attention, mesh=mesh_lib.make_mesh(seq=2)
   )
-  with kernels.compiling_for("small"):
+  with family.in_pieces():
     found = results(attend, case, is_causal)
   check(found, case, is_causal)
