@@ -20,7 +20,7 @@ from experiments import (
   parallel_tables,
   tables,
 )
-from experiments.studies import catalogue
+from experiments.studies import catalogue, lengths
 from longnet_jax import checked
 from longnet_jax.analysis import pictures
 
@@ -57,6 +57,7 @@ TABLES = {
   "slide_10k": (tables.slide, "slide_10k_tiles"),
   "slide_100k": (tables.slide, "slide_100k_tiles"),
   "speed": (tables.speed, "benchmark_cpu", "million_cpu"),
+  "study_worth": (lambda record: [lengths.worth(record)], "studies/lengths"),
   **{
     f"study_{name}": (catalogue.STUDIES[name].table, f"studies/{name}")
     for name in _STUDIES

@@ -42,11 +42,14 @@ def _table(record):
     rows.append((text.label(core, context), f"{len(found)}", *scores))
   head = ("bits per byte, test split", "seeds")
   by_length = head + tuple(f"read at {n:,}" for n in lengths), rows
-  return [by_length, _worth(record)]
+  return [by_length, worth(record)]
 
 
-def _worth(record):
-  """What models of the longest context gain from more of it, by position."""
+def worth(record: dict) -> tuple:
+  """Returns head and rows of what more context is worth, by position.
+
+  Of models of the longest one.
+  """
   shortest, *_, longest = text.lengths(record)
   found = {
     core: made
@@ -72,7 +75,7 @@ def _worth(record):
 
 def _draw(record, path):
   lengths = text.lengths(record)
-  picture = figure.Figure(figsize=(6, 4.5), layout="constrained")
+  picture = figure.Figure(figsize=(8, 4.5), layout="constrained")
   axes = picture.subplots()
   for (core, context), found in text.alike(record, "core", "context").items():
     text.plot(
@@ -87,7 +90,7 @@ def _draw(record, path):
   axes.set(xlabel="context read, tokens", ylabel="bits a byte, test split")
   text.number_lengths(axes, lengths)
   axes.grid(alpha=0.3)
-  axes.legend(fontsize=8)
+  picture.legend(loc="outside right upper", fontsize=9)
   curves.save(picture, path)
 
 
