@@ -1,14 +1,15 @@
 """Plans for TPUs: search, table, refusals; a compiled one is slow."""
 
+import dataclasses
 import importlib.util
 
 import jax
-from jax.experimental import topologies
 import pytest
 
 from configs import quickstart
 from experiments import plan as command
 from longnet_jax import checked, plan
+from longnet_jax.analysis import topology as topology_lib
 from longnet_jax.training import config as config_lib
 
 FOUND = plan.Plan(
@@ -68,23 +69,56 @@ def test_what_is_printed():
   assert "estimated" not in text
 
 
-@pytest.mark.parametrize(
-  "error, match",
-  [
-    (RuntimeError("JAX TPU support not installed"), "pip install -e '.*tpu"),
-    (
-      jax.errors.JaxRuntimeError("INVALID_ARGUMENT: bad"),
-      "'x': bad; use .*v5e",
-    ),
-  ],
-)
-def test_refusals(error, match, monkeypatch):
-  def fail(**_):
-    raise error
+def test_an_estimate_and_a_gpu_say_what_they_are():
+  found = dataclasses.replace(FOUND, compile_seconds=None)
+  text = "\n".join(command.table(found))
+  assert text.startswith("fits by estimate: 3.00 GiB of 16.00 GiB")
+  assert "(products at 65% of peak, arrays" in text
+  assert text.endswith("by arithmetic: nothing was compiled")
+  found = dataclasses.replace(FOUND, seconds=None, share_of_peak=None)
+  text = "\n".join(command.table(found))
+  assert "its compiler expects no times; --estimate does" in text
 
-  monkeypatch.setattr(topologies, "get_topology_desc", fail)
-  with pytest.raises(checked.RefusedError, match=match):
-    plan.find_devices("x")
+
+def _settings():
+  settings = quickstart.get_config()
+  settings.model.update(num_layers=2, model_dim=128, num_heads=2, ffn_dim=256)
+  settings.training.batch_size = 2
+  return settings
+
+
+def test_the_fastest_mesh_that_fits_is_found(capsys):
+  asked = []
+
+  def make(settings):
+    asked.append(settings)
+    return {"fits": len(asked) == 17}
+
+  topology = topology_lib.parse("v5e:2x2")
+  with jax.numpy_dtype_promotion("standard"):  # optax needs it
+    with pytest.raises(checked.RefusedError, match="nothing fits that does"):
+      command.search_mesh(_settings(), topology, make)
+    assert command.search_mesh(_settings(), topology, make) == {"fits": True}
+  # The batch and the heads are divided by 2 at most.
+  meshes = {(s.mesh.data, s.mesh.seq, s.mesh.model) for s in asked[:16]}
+  assert meshes == {(1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)}
+  # Sixteen were too large for the compiler; the second search has the first.
+  flags = command.flags_of(asked[0])
+  assert flags.startswith("--config.mesh.data=2 --config.mesh.seq=2")
+  assert flags.endswith("--config.model.remat=none")
+  shown = capsys.readouterr().out
+  assert "16 of 16 fit by estimate; the fastest:" in shown
+  assert f"as flags of experiments.train: {flags}" in shown
+
+
+def test_a_search_for_a_mesh_says_why_there_is_none(monkeypatch):
+  topology = topology_lib.parse("v5e:1x7")
+  with pytest.raises(checked.RefusedError, match="no mesh of 7 devices"):
+    command.search_mesh(_settings(), topology, None)
+  large = dataclasses.replace(FOUND, fits=False)
+  monkeypatch.setattr(command, "_estimates", lambda *_: [(None, large)])
+  with pytest.raises(checked.RefusedError, match="the least being 3.00 GiB"):
+    command.search_mesh(_settings(), topology, None)
 
 
 @pytest.mark.slow

@@ -1,0 +1,93 @@
+"""How much memory a training step takes of a device, at its peak.
+
+That is the state, its gradients, what blocks keep for their backward passes,
+and the most that is worked on at a time: the backward pass of a feed-forward
+layer, that of an attention layer, or a chunk of logits.
+"""
+
+import math
+
+from longnet_jax import plan
+from longnet_jax.estimate import rows as rows_lib
+from longnet_jax.estimate.rows import WIDE
+
+
+def peak_and_host(config, mesh, rows: rows_lib.Rows, state) -> tuple[int, int]:
+  """Returns the bytes of a device, and those in the memory of the host.
+
+  Args:
+    config: an `ExperimentConfig`.
+    mesh: of `parallel.mesh`, or its sizes alone.
+    rows: those of a device.
+    state: the abstract `TrainState` as it lies on the mesh.
+  """
+  model = config.model
+  entered = rows.width * rows.itemsize
+  kept = {
+    "none": entered + _named(model, rows) + _unnamed(rows),
+    "dots": entered + _named(model, rows),
+    "full": entered,
+    "offload": 0,
+  }[model.remat]
+  tables = 2 * model.head_dim * WIDE if model.position != "none" else 0
+  size = rows.count * (model.num_layers * kept + tables)
+  size += plan.device_bytes((state.params, state.opt_state))
+  size += _gradients(config, rows, state.params)
+  backward = max(_feed_forward(config, rows), _attention(rows))
+  if rows.again:
+    backward += _named(model, rows)
+  size += max(rows.count * backward, _loss(config, mesh, rows))
+  host = model.num_layers * entered * rows.count
+  return math.ceil(size), host if model.remat == "offload" else 0
+
+
+def _named(model, rows):
+  """Returns bytes of q, k, v, out, its logsumexp, and the projection of it."""
+  values = 2 * rows.queries + 2 * rows.keys + rows.width
+  return values * rows.itemsize + rows.queries // model.head_dim * WIDE
+
+
+def _unnamed(rows):
+  """Returns bytes of what else a block makes, which only remat="none" keeps.
+
+  Of a LayerNorm, its result and what was centred; of GELU, what it was given,
+  both in float32; the first feed-forward product and the second sum.
+  """
+  exact = 2 * rows.width + rows.queries + rows.hidden
+  both = exact * (rows.itemsize + WIDE) + rows.hidden * (rows.itemsize + WIDE)
+  return both + rows.width * rows.itemsize
+
+
+def _gradients(config, rows, params):
+  """Returns bytes of the gradients, and of their sum over parts."""
+  size = plan.device_bytes(params) * (1 + (rows.parts > 1))
+  # Lookup and loss make the gradient of a tied matrix apart.
+  tied = rows.vocabulary * rows.width * WIDE
+  return size + tied * config.model.tie_embeddings
+
+
+def _feed_forward(config, rows):
+  """Returns bytes a row: values and their gradients, also in float32."""
+  chunk, window = config.model.ffn_chunk, config.data.window
+  share = chunk / window if 0 < chunk < window else 1
+  values = share * rows.hidden + rows.width
+  return 2 * (rows.itemsize + WIDE) * values
+
+
+def _attention(rows):
+  """Returns bytes a row: gradients of q, k, v add up in float32."""
+  added = (rows.queries + 2 * rows.keys) * WIDE
+  # x, its norm, and the gradients of it and of what was attended.
+  stream = (3 * rows.width + rows.queries) * rows.itemsize
+  # q, k, v, out and its gradient, of the rows that branches select.
+  selected = (3 * rows.queries + 2 * rows.keys) * rows.itemsize + added
+  share = sum(1 / r for _, r in rows.branches if r > 1)
+  return stream + added + share * selected
+
+
+def _loss(config, mesh, rows):
+  """Returns bytes of a chunk's logits, their exponentials and gradients."""
+  chunk = min(config.training.loss_chunk, config.data.window)
+  logits = chunk // mesh.shape["seq"] * rows.windows * rows.vocabulary
+  features = 3 * rows.count * rows.width * rows.itemsize
+  return logits * (2 * WIDE + rows.itemsize) + features
