@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib.util
+import json
 
 import jax
 import pytest
 
-from configs import quickstart
+from configs import gpu_8, quickstart
 from experiments import plan as command
+from experiments import plan_search, report
 from longnet_jax import checked, plan
 from longnet_jax.analysis import topology as topology_lib
 from longnet_jax.training import config as config_lib
@@ -42,9 +44,12 @@ def test_the_search_ends_at_the_longest_window_that_fits(start):
     assert config.model.segment_lengths[-1] >= config.data.window
     return {"fits": config.data.window <= 8192, "window": config.data.window}
 
-  assert command.search(settings, make)["window"] == 8192
+  assert plan_search.longest(settings, make)["window"] == 8192
+  assert plan_search.near(settings, make).data.window == 8192
+  refuse = lambda settings: {"fits": False}
   with pytest.raises(checked.RefusedError, match="more devices"):
-    command.search(settings, lambda settings: {"fits": False})
+    plan_search.longest(settings, refuse)
+  assert plan_search.near(settings, refuse).data.window == start
 
 
 def test_what_is_printed():
@@ -97,13 +102,13 @@ def test_the_fastest_mesh_that_fits_is_found(capsys):
   topology = topology_lib.parse("v5e:2x2")
   with jax.numpy_dtype_promotion("standard"):  # optax needs it
     with pytest.raises(checked.RefusedError, match="nothing fits that does"):
-      command.search_mesh(_settings(), topology, make)
-    assert command.search_mesh(_settings(), topology, make) == {"fits": True}
+      plan_search.fastest(_settings(), topology, make)
+    assert plan_search.fastest(_settings(), topology, make) == {"fits": True}
   # The batch and the heads are divided by 2 at most.
   meshes = {(s.mesh.data, s.mesh.seq, s.mesh.model) for s in asked[:16]}
   assert meshes == {(1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)}
   # Sixteen were too large for the compiler; the second search has the first.
-  flags = command.flags_of(asked[0])
+  flags = plan_search.flags_of(asked[0])
   assert flags.startswith("--config.mesh.data=2 --config.mesh.seq=2")
   assert flags.endswith("--config.model.remat=none")
   shown = capsys.readouterr().out
@@ -114,11 +119,25 @@ def test_the_fastest_mesh_that_fits_is_found(capsys):
 def test_a_search_for_a_mesh_says_why_there_is_none(monkeypatch):
   topology = topology_lib.parse("v5e:1x7")
   with pytest.raises(checked.RefusedError, match="no mesh of 7 devices"):
-    command.search_mesh(_settings(), topology, None)
+    plan_search.fastest(_settings(), topology, None)
   large = dataclasses.replace(FOUND, fits=False)
-  monkeypatch.setattr(command, "_estimates", lambda *_: [(None, large)])
+  monkeypatch.setattr(plan_search, "_estimates", lambda *_: [(None, large)])
   with pytest.raises(checked.RefusedError, match="the least being 3.00 GiB"):
-    command.search_mesh(_settings(), topology, None)
+    plan_search.fastest(_settings(), topology, None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not importlib.util.find_spec("jax_cuda13_plugin"),
+  reason="needs the extra `cuda`, but no GPU",
+)
+def test_a_committed_plan_is_what_is_compiled():
+  record = json.loads((report.DOCS / "plans/gpu_8.json").read_text())
+  with jax.numpy_dtype_promotion("standard"):  # optax needs it
+    found = plan.make(config_lib.build(gpu_8.get_config()), "h100:8").to_dict()
+  assert found["fits"] and found["unknown_loops"] == 0
+  assert found["peak_bytes"] == pytest.approx(record["peak_bytes"], rel=0.02)
+  assert found["collectives"] == record["collectives"]
 
 
 @pytest.mark.slow
