@@ -60,7 +60,7 @@ def _small(**mesh):
   return settings
 
 
-def test_what_is_kept_costs_memory_and_saves_time():
+def test_what_is_kept_costs_memory_and_what_is_made_again_time():
   config = config_lib.build(_small(seq=4))
 
   def make(remat):
@@ -70,8 +70,10 @@ def test_what_is_kept_costs_memory_and_saves_time():
   none, dots, full, offload = map(make, ("none", "dots", "full", "offload"))
   peaks = [x.peak_bytes for x in (none, dots, full, offload)]
   assert peaks == sorted(set(peaks), reverse=True)
-  steps = [x.seconds["step"] for x in (none, dots, full)]
-  assert steps == sorted(set(steps))
+  assert dots.seconds["step"] < full.seconds["step"]
+  # Arrays in float32 that are written and read take longer than products.
+  assert none.seconds["products"] < dots.seconds["products"]
+  assert none.seconds["memory"] > dots.seconds["memory"]
   assert offload.host_bytes and not full.host_bytes
 
 

@@ -25,7 +25,9 @@ _CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA_GROUP = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
-_MESH_GROUP = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
+_MESH_GROUP = re.compile(
+  r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\)\))? \{(.*?)\}"
+)
 
 
 class Collective(NamedTuple):

@@ -23,14 +23,8 @@ def peak_and_host(config, mesh, rows: rows_lib.Rows, state) -> tuple[int, int]:
   """
   model = config.model
   entered = rows.width * rows.itemsize
-  kept = {
-    "none": entered + _named(model, rows) + _unnamed(rows),
-    "dots": entered + _named(model, rows),
-    "full": entered,
-    "offload": 0,
-  }[model.remat]
   tables = 2 * model.head_dim * WIDE if model.position != "none" else 0
-  size = rows.count * (model.num_layers * kept + tables)
+  size = rows.count * (model.num_layers * kept(model, rows) + tables)
   size += plan.device_bytes((state.params, state.opt_state))
   size += _gradients(config, rows, state.params)
   backward = max(_feed_forward(config, rows), _attention(rows))
@@ -41,21 +35,33 @@ def peak_and_host(config, mesh, rows: rows_lib.Rows, state) -> tuple[int, int]:
   return math.ceil(size), host if model.remat == "offload" else 0
 
 
+def kept(model, rows: rows_lib.Rows) -> int:
+  """Returns the bytes a row that a block keeps until its backward pass."""
+  entered = rows.width * rows.itemsize
+  return {
+    "none": _everything(model, rows),
+    "dots": entered + _named(model, rows),
+    "full": entered,
+    "offload": 0,
+  }[model.remat]
+
+
 def _named(model, rows):
   """Returns bytes of q, k, v, out, its logsumexp, and the projection of it."""
   values = 2 * rows.queries + 2 * rows.keys + rows.width
   return values * rows.itemsize + rows.queries // model.head_dim * WIDE
 
 
-def _unnamed(rows):
-  """Returns bytes of what else a block makes, which only remat="none" keeps.
+def _everything(model, rows):
+  """Returns bytes of what remat="none" keeps.
 
-  Of a LayerNorm, its result and what was centred; of GELU, what it was given,
-  both in float32; the first feed-forward product and the second sum.
+  Of each LayerNorm, and of GELU, three arrays in float32 and the result; and
+  all that has a name but the projection, which is only added.
   """
-  exact = 2 * rows.width + rows.queries + rows.hidden
-  both = exact * (rows.itemsize + WIDE) + rows.hidden * (rows.itemsize + WIDE)
-  return both + rows.width * rows.itemsize
+  exact = 2 * rows.width + rows.queries + 2 * rows.hidden
+  results = 2 * rows.width + rows.queries + rows.hidden
+  named = _named(model, rows) - rows.width * rows.itemsize
+  return 3 * exact * WIDE + results * rows.itemsize + named
 
 
 def _gradients(config, rows, params):
@@ -67,11 +73,14 @@ def _gradients(config, rows, params):
 
 
 def _feed_forward(config, rows):
-  """Returns bytes a row: values and their gradients, also in float32."""
+  """Returns bytes a row: two arrays of a chunk and three of the stream.
+
+  Values and gradients, in their type and in float32.
+  """
   chunk, window = config.model.ffn_chunk, config.data.window
   share = chunk / window if 0 < chunk < window else 1
-  values = share * rows.hidden + rows.width
-  return 2 * (rows.itemsize + WIDE) * values
+  values = 2 * share * rows.hidden + 3 * rows.width
+  return (rows.itemsize + WIDE) * values
 
 
 def _attention(rows):

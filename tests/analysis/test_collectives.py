@@ -13,6 +13,8 @@ TEXT = """
 replica_groups={{0,1}}
   %j = ((f32[4]), f32[2]) reduce-scatter-start(%d), replica_groups={{0,1}}
   %k = (f32[2]{0}, f32[4]{0}) all-reduce-start(%d, %e), replica_groups={{0,1}}
+  %l = f32[8]{0} all-gather(%d), \
+replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, y=2
 """
 # The TPU compiler repeats a collective in every computation it runs beside.
 CHAIN = """
@@ -43,4 +45,5 @@ def test_reads_what_each_collective_receives():
     ("reduce-scatter", "f32", 2, 8),
     ("all-reduce", "f32", 2, 8),
     ("all-reduce", "f32", 2, 16),
+    ("all-gather", "f32", 2, 16),
   ]

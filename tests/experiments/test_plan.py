@@ -110,7 +110,7 @@ def test_the_fastest_mesh_that_fits_is_found(capsys):
   # Sixteen were too large for the compiler; the second search has the first.
   flags = plan_search.flags_of(asked[0])
   assert flags.startswith("--config.mesh.data=2 --config.mesh.seq=2")
-  assert flags.endswith("--config.model.remat=none")
+  assert flags.endswith("--config.mesh.model=1 --config.model.remat=dots")
   shown = capsys.readouterr().out
   assert "16 of 16 fit by estimate; the fastest:" in shown
   assert f"as flags of experiments.train: {flags}" in shown
