@@ -87,9 +87,11 @@ def find_devices(name: str) -> list[jax.Device]:
   # A compiler, not a driver: it asks no machine, and shares the library.
   for variable, value in _ASKS_NOBODY.items():
     os.environ.setdefault(variable, value)
+  # One device a chip, as on a pod; others are so anyway.
+  v4 = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
   try:
     devices = topologies.get_topology_desc(
-      platform="tpu", topology_name=name
+      platform="tpu", topology_name=name, **v4
     ).devices
   except jax.errors.JaxRuntimeError as error:
     raise _unknown(name, str(error).partition(": ")[2]) from None
