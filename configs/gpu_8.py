@@ -20,7 +20,13 @@ _WINDOW = 2**20
 
 def get_config() -> config_dict.ConfigDict:
   config = paper.get_config("125M")
-  config.model.update(sizes.geometric_branches(_WINDOW))
+  # The last factor is 2, not 4: so long is the window.
+  branches = sizes.geometric_branches(_WINDOW)
+  config.model.segment_lengths = (*branches["segment_lengths"][:-1], _WINDOW)
+  config.model.dilation_rates = (
+    *branches["dilation_rates"][:-1],
+    _WINDOW // 2048,
+  )
   config.model.remat = "dots"
   config.model.position = "rope"  # xPos ends at some tens of thousands
   config.model.max_positions = _WINDOW

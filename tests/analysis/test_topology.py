@@ -1,5 +1,7 @@
 """Names of topologies; a compiler that is missing is named."""
 
+import types
+
 import jax
 from jax.experimental import topologies
 import pytest
@@ -61,3 +63,17 @@ def test_a_compiler_that_refuses(name, error, match, monkeypatch):
   monkeypatch.setattr(topologies, "get_topology_desc", fail)
   with pytest.raises(checked.RefusedError, match=match):
     topology.find_devices(name)
+
+
+def test_a_v4_is_asked_for_as_one_device_a_chip(monkeypatch):
+  asked = {}
+
+  def describe(*, topology_name, platform, **options):
+    asked[topology_name] = platform, options
+    return types.SimpleNamespace(devices=jax.devices("cpu")[:1])
+
+  monkeypatch.setattr(topologies, "get_topology_desc", describe)
+  for name in ("v4:2x2x1", "v5e:2x2"):
+    assert len(topology.find_devices(name)) == 1
+  megacore = {"chip_config_name": "megacore"}
+  assert asked == {"v4:2x2x1": ("tpu", megacore), "v5e:2x2": ("tpu", {})}
