@@ -8,7 +8,8 @@ commands):
 
 The text is one stream of documents, which see one another; a step reads 2^30
 tokens of it, a million on each chip, and the longest segment is all of them.
-`experiments.plan` compiles its step for such a pod, which nobody has run yet.
+docs/plans/longnet_1b_tokens.json says what a step takes, as compiled for such a
+pod, which nobody has run yet.
 """
 
 from ml_collections import config_dict

@@ -8,7 +8,8 @@ On every host of a 4 x 4 x 8 slice, 128 chips (docs/pods.md has the commands):
 One window a step lies on all chips, 262,144 tokens on each, and its longest
 segment is the whole window. The text needs to be several windows long in each
 split. Heads are 128 wide, as the matrix unit is. The model's work is
-30 PFLOP a step, 234 TFLOP a chip: 1.3 s at 40% of the peak.
+30 PFLOP a step, 234 TFLOP a chip. docs/plans/pod_v5p.json says what a step
+takes, as compiled for such a pod.
 """
 
 from ml_collections import config_dict

@@ -14,11 +14,9 @@ import pathlib
 
 from absl import flags
 import jax
-from jax.experimental import topologies
 
 from experiments import attention_speed, command, hardware
-from longnet_jax import checked
-from longnet_jax.analysis import traffic
+from longnet_jax.analysis import topology, traffic
 from longnet_jax.models import sizes
 from longnet_jax.ops import kernels
 
@@ -26,26 +24,6 @@ _OUTPUT = flags.DEFINE_string(
   "output", "docs/gpu_h100.json", "where to write what was found"
 )
 
-# What the compiler asks about a GPU, by the data sheet of an H100 SXM.
-_H100 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
-  memory_bandwidth: 3352320000000  device_memory_size: 85899345920
-  l2_cache_size: 52428800
-  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  registers_per_block_limit: 65536  registers_per_core_limit: 65536
-  threads_per_warp: 32  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 # Heads and their width, length, whether causal.
 CASES = (
   (12, 64, 32768, True),
@@ -59,7 +37,7 @@ CASES = (
 def main(_) -> None:
   """Compiles all cases, prints a line for each, and writes them."""
   jax.config.update("jax_platforms", "cpu")
-  device = h100()
+  (device,) = topology.find_devices("h100:1")
   records = []
   for heads, width, length, is_causal in CASES:
     setting = attention_speed.Setting(
@@ -78,18 +56,6 @@ def main(_) -> None:
   path = pathlib.Path(_OUTPUT.value)
   path.write_text(json.dumps(document, indent=1) + "\n")
   print(f"wrote {path}")
-
-
-def h100() -> jax.Device:
-  """Returns a GPU to compile for, or raises RefusedError without a compiler."""
-  try:
-    return topologies.get_topology_desc(
-      platform="cuda", target_config=_H100, topology="1x1x1"
-    ).devices[0]
-  except (RuntimeError, ValueError, NotImplementedError) as error:
-    raise checked.RefusedError(
-      "this needs XLA's compiler for CUDA: pip install 'jax[cuda13]'"
-    ) from error
 
 
 def measure(

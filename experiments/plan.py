@@ -1,33 +1,43 @@
 """Plans a run: python -m experiments.plan --config=FILE --topology=v5p:8x8x16.
 
-Compiles the train step of that config for TPUs that need not be there, and says
-whether it fits, what fills the memory, what the devices send one another and
-how long a step is expected to take. --search=window doubles or halves the
-window, its longest segment with it, until it has the longest that fits. --json
-keeps the record. Needs the TPU compiler: pip install -e '.[tpu]'.
+Compiles the train step of that config for TPUs or GPUs that need not be there,
+and says whether it fits, what fills the memory, what the devices send one
+another and, for TPUs, how long a step is expected to take. With --estimate
+arithmetic says so in seconds instead, and no compiler is needed.
+
+--search=window doubles or halves the window, its longest segment with it, until
+it has the longest that fits. --search=mesh estimates every mesh of all devices
+with every `model.remat`, and takes the fastest that fits. Both begin with
+estimates, and compile what these have found.
+
+--json keeps the record. The compilers: pip install -e '.[tpu]' or '.[cuda]'.
 """
 
-import copy
+from collections.abc import Callable
+import dataclasses
+import functools
 import json
 
 from absl import flags
 import jax
-import ml_collections
 
-from experiments import command, hardware
-from longnet_jax import checked, plan, storage
-from longnet_jax.models import sizes
+from experiments import command, hardware, plan_search
+from longnet_jax import checked, estimate, plan, storage
+from longnet_jax.analysis import topology as topology_lib
+from longnet_jax.estimate import seconds
 from longnet_jax.training import config as config_lib
 
 _CONFIG = command.define_config()
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", None, f"what to compile for, such as {', '.join(plan.EXAMPLES)}"
+  "topology",
+  None,
+  f"what to plan for, such as {', '.join(topology_lib.EXAMPLES)}",
 )
 _JSON = flags.DEFINE_string("json", None, "file to write the record into")
+_ESTIMATE = flags.DEFINE_bool("estimate", False, "only estimate; fast")
 _SEARCH = flags.DEFINE_enum(
-  "search", None, ["window"], "what to change until it just fits"
+  "search", None, ["window", "mesh"], "what to change until it fits best"
 )
-_LONGEST = 2**31  # positions are int32
 
 
 def main(_) -> None:
@@ -36,11 +46,22 @@ def main(_) -> None:
   jax.config.update("jax_platforms", "cpu")
   if not _TOPOLOGY.value:
     raise checked.RefusedError(
-      f"--topology is missing; give one such as {', '.join(plan.EXAMPLES)}"
+      "--topology is missing; give one such as "
+      f"{', '.join(topology_lib.EXAMPLES)}"
     )
+  topology = topology_lib.parse(_TOPOLOGY.value)
+  guess = functools.partial(_make, topology=topology, make=estimate.make)
+  make = functools.partial(_make, topology=topology, make=plan.make)
+  if _ESTIMATE.value:
+    make = guess
   settings = _CONFIG.value
-  make = lambda settings: _make(settings, _TOPOLOGY.value)
-  found = search(settings, make) if _SEARCH.value else make(settings)
+  if _SEARCH.value == "mesh":
+    found = plan_search.fastest(settings, topology, make)
+  elif _SEARCH.value == "window":
+    quiet = functools.partial(guess, quiet=True)
+    found = plan_search.longest(plan_search.near(settings, quiet), make)
+  else:
+    found = make(settings)
   if _JSON.value:
     measured_on = {"command": command.line(), "hardware": hardware.describe()}
     record = {**measured_on, **found}
@@ -48,81 +69,53 @@ def main(_) -> None:
     storage.write_whole(storage.path(_JSON.value), text)
 
 
-def search(settings: ml_collections.ConfigDict, make) -> dict:
-  """Returns the record of the longest window that fits, by doubling.
-
-  Args:
-    settings: of the experiment; its window is where the search begins.
-    make: settings -> record of `_make`.
-
-  Raises RefusedError where not even one segment of the shortest branch fits.
-  """
-  window, shortest = settings.data.window, min(settings.model.segment_lengths)
-  record = make(with_window(settings, window))
-  if record["fits"]:
-    while 2 * window <= _LONGEST:
-      window *= 2
-      longer = make(with_window(settings, window))
-      if not longer["fits"]:
-        break
-      record = longer
-    return record
-  while window // 2 >= shortest:
-    window //= 2
-    record = make(with_window(settings, window))
-    if record["fits"]:
-      return record
-  raise checked.RefusedError(
-    f"a window of {window} does not fit; use more devices or a smaller model"
-  )
-
-
-def with_window(
-  settings: ml_collections.ConfigDict, window: int
-) -> ml_collections.ConfigDict:
-  """Returns settings of another window, whose longest segment is all of it."""
-  changed = copy.deepcopy(settings)
-  changed.model.update(sizes.geometric_branches(window))
-  changed.model.max_positions = window
-  changed.data.window = window
-  return changed
-
-
-def _make(settings, topology):
+def _make(settings, *, topology, make: Callable, quiet: bool = False):
   """Returns the record of one plan, and prints it."""
   config = config_lib.build(settings)
-  print(
-    f"window {config.data.window:,}, batch {config.training.batch_size}, mesh "
-    f"{config.mesh.data} x {config.mesh.seq} x {config.mesh.model} of "
-    f"{topology}: compiling, which takes minutes",
-    flush=True,
-  )
-  found = plan.make(config, topology)
-  print("\n".join(table(found)), flush=True)
+  mesh = config.mesh
+  is_estimate = make is estimate.make
+  if not quiet:
+    print(
+      f"window {config.data.window:,}, batch {config.training.batch_size}, "
+      f"mesh {mesh.data} x {mesh.seq} x {mesh.model} of {topology.name}, remat "
+      f"{config.model.remat}: "
+      + ("estimated" if is_estimate else "compiling, which takes minutes"),
+      flush=True,
+    )
+  found = make(config, topology.name)
+  if not quiet:
+    print("\n".join(table(found)), flush=True)
+  lengths, rates = config.model.segment_lengths, config.model.dilation_rates
   return {
     **found.to_dict(),
     "window": config.data.window,
-    "branches": list(
-      zip(
-        config.model.segment_lengths, config.model.dilation_rates, strict=True
-      )
-    ),
+    "branches": list(zip(lengths, rates, strict=True)),
+    "mesh": dataclasses.asdict(mesh),
+    "remat": config.model.remat,
   }
 
 
 def table(found: plan.Plan) -> list[str]:
   """Returns the lines that say what was found."""
-  peak = "" if found.peak_bytes is None else f"{_gib(found.peak_bytes)} of "
+  is_estimate = found.compile_seconds is None
+  peak = (
+    ""
+    if found.peak_bytes is None
+    else f"{plan_search.gib(found.peak_bytes)} of "
+  )
   spare = ""
   if found.peak_bytes is not None:
     rest = found.limit_bytes - found.peak_bytes
-    spare = f", {_gib(abs(rest))} {'free' if rest >= 0 else 'too much'}"
+    spare = (
+      f", {plan_search.gib(abs(rest))} {'free' if rest >= 0 else 'too much'}"
+    )
   lines = [
-    f"{'fits' if found.fits else 'DOES NOT FIT'}: {peak}"
-    f"{_gib(found.limit_bytes)} a device{spare}",
-    f"  parameters {_gib(found.parameter_bytes)}, optimizer "
-    f"{_gib(found.optimizer_bytes)}, the rest is activations"
-    + f"; on the host {_gib(found.host_bytes)}"
+    f"{'fits' if found.fits else 'DOES NOT FIT'}"
+    + " by estimate" * is_estimate
+    + f": {peak}{plan_search.gib(found.limit_bytes)} a device{spare}",
+    f"  parameters {plan_search.gib(found.parameter_bytes)}, optimizer "
+    f"{plan_search.gib(found.optimizer_bytes)}, the rest is activations"
+    + f"; on the host {plan_search.gib(found.host_bytes)}"
     * bool(found.host_bytes),
     f"  TFLOP a device and step: model {_tera(found.model_flops, found)}, "
     f"computed {_tera(found.computed_flops, found)}",
@@ -136,23 +129,28 @@ def table(found: plan.Plan) -> list[str]:
     lines.append(
       f"  estimated ms: {', '.join(parts)}; {found.share_of_peak:.0%} of peak"
     )
+    counted = "the compiler's cycles at the chip's clock"
+    if is_estimate:
+      counted = f"products at {seconds.PRODUCT_SHARE:.0%} of peak, arrays at "
+      counted += "the memory's rate"
     lines.append(
-      "  (the compiler's cycles at the chip's clock; kernels at "
-      f"{plan.KERNEL_SHARE:.0%} of peak; links one ring at a time; nothing "
-      "overlaps; copies to the host are not counted; nothing was run)"
+      f"  ({counted}; kernels at {plan.KERNEL_SHARE:.0%} of peak; links one "
+      "ring at a time; nothing overlaps; copies to the host are not counted; "
+      "nothing was run)"
     )
+  elif found.fits:
+    lines.append("  its compiler expects no times; --estimate does")
   if found.unknown_loops:
     lines.append(f"  {found.unknown_loops} loops are counted once")
-  lines.append(f"  {found.compile_seconds:.0f} CPU seconds to compile")
+  if is_estimate:
+    lines.append("  by arithmetic: nothing was compiled")
+  else:
+    lines.append(f"  {found.compile_seconds:.0f} CPU seconds to compile")
   return lines
 
 
 def _tera(flops, found):
   return f"{flops / found.devices / 1e12:.1f}"
-
-
-def _gib(size):
-  return f"{size / 2**30:.2f} GiB"
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ TABLES = {
     "plans/pod_v5e",
     "plans/pod_v5p",
     "plans/longnet_1b_tokens",
+    "plans/gpu_8",
   ),
   "positions": (tables.positions, "quickstart"),
   "positions_before": (tables.positions, "quickstart_8192"),

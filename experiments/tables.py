@@ -219,6 +219,7 @@ def _plan(record):
   gib = lambda size: f"{size / 2**30:.2f} GiB"
   tera = lambda flops: f"{flops / record['devices'] / 1e12:.0f} TFLOP"
   received = sum(found["bytes"] for found in record["collectives"])
+  seconds = record["seconds"]
   return {
     "tokens a window": f"{record['window']:,}",
     "peak memory": gib(record["peak_bytes"]),
@@ -230,10 +231,13 @@ def _plan(record):
     "work of the model": tera(record["model_flops"]),
     "work with what is computed again": tera(record["computed_flops"]),
     "received from other devices": f"{received / 2**20:,.0f} MiB",
+    # Compilers for GPUs expect no times.
     **{
-      f"estimate: {name}": f"{1e3 * seconds:,.0f} ms"
-      for name, seconds in record["seconds"].items()
+      f"estimate: {name}": f"{1e3 * seconds[name]:,.0f} ms" if seconds else "-"
+      for name in ("compiler", "kernels", "links", "step")
     },
-    "estimate: share of peak": f"{record['share_of_peak']:.0%}",
+    "estimate: share of peak": (
+      f"{record['share_of_peak']:.0%}" if seconds else "-"
+    ),
     "CPU seconds to compile": f"{record['compile_seconds']:.0f}",
   }

@@ -16,6 +16,7 @@ The package is a stack; each layer imports only from those above it:
   scores      what a trained model has learned: table, picture, JSON
   evaluate    and how that is measured
   plan        what a training step takes of a pod, compiled without one
+  estimate    the same by arithmetic
 
 Shapes are written with one letter an axis: B batch, T positions, N query heads,
 K key/value heads, H head width, D model width, F feed-forward width, V

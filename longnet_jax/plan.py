@@ -1,23 +1,22 @@
-"""Whether a training step fits a pod that nobody has to own, and its cost.
+"""Whether a training step fits devices that nobody has to own, and its cost.
 
-The step of `experiments.train` is compiled for a TPU topology by the compiler
-of the pod itself, which needs no TPU; whether it fits is that compiler's
-verdict, and bytes are its own. Time is an estimate: the cycles that it expects
-of everything outside kernels, kernels by their FLOPs, and links by their bytes.
+The step of `experiments.train` is compiled for a topology by the compiler of
+the devices themselves, which need not be there; whether it fits is that
+compiler's verdict, and bytes are its own. Time is an estimate, for TPUs alone:
+the cycles that their compiler expects of everything outside kernels, kernels by
+their FLOPs, and links by their bytes. `estimate.py` compiles nothing.
 """
 
 import collections
 import dataclasses
 import math
-import os
 import re
 import time
 
 import jax
-from jax.experimental import topologies
 
-from longnet_jax import checked
 from longnet_jax.analysis import chips, collectives, costs, hlo
+from longnet_jax.analysis import topology as topology_lib
 from longnet_jax.data import pipeline
 from longnet_jax.ops import kernels
 from longnet_jax.parallel import mesh as mesh_lib
@@ -25,17 +24,10 @@ from longnet_jax.parallel import sharding
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import run as run_lib
 
-EXAMPLES = ("v4:4x4x8", "v5e:16x16", "v5p:8x8x16", "v6e:16x16")
 # Share of the matrix units' rate that kernels are taken to reach.
 KERNEL_SHARE = 0.8
 _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"?(\d+)')
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
-_ASKS_NOBODY = {
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -46,7 +38,7 @@ class Plan:
   Attributes:
     topology: what it was compiled for.
     devices: how many that are.
-    fits: whether the compiler found room.
+    fits: whether there is room.
     peak_bytes: most memory at a time; None where a compiler refuses and does
       not say.
     limit_bytes: memory there is.
@@ -60,7 +52,7 @@ class Plan:
     unknown_loops: loops that were counted once.
     seconds: name -> estimated seconds of a step; None without an estimate.
     share_of_peak: model FLOPs over what the chips could do in that time.
-    compile_seconds: CPU seconds of tracing and compiling.
+    compile_seconds: CPU seconds of tracing and compiling; None of an estimate.
   """
 
   topology: str
@@ -77,7 +69,7 @@ class Plan:
   unknown_loops: int
   seconds: dict[str, float] | None
   share_of_peak: float | None
-  compile_seconds: float
+  compile_seconds: float | None
 
   def to_dict(self) -> dict:
     """JSON-ready, for records."""
@@ -88,41 +80,18 @@ class Plan:
     return {**dataclasses.asdict(self), "collectives": received}
 
 
-def find_devices(topology: str) -> list[jax.Device]:
-  """Returns the devices of a topology, which need not exist.
-
-  Raises RefusedError where it is not known, or the compiler is not installed.
-  """
-  # A compiler, not a driver: it asks no machine, and shares the library.
-  for name, value in _ASKS_NOBODY.items():
-    os.environ.setdefault(name, value)
-  try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-  except jax.errors.JaxRuntimeError as error:
-    raise checked.RefusedError(
-      f"topology is {topology!r}: {str(error).partition(': ')[2]}; use one "
-      f"such as {', '.join(EXAMPLES)}"
-    ) from None
-  except RuntimeError:
-    raise checked.RefusedError(
-      "the TPU compiler is not installed: pip install -e '.[tpu]' brings it, "
-      "and needs no TPU"
-    ) from None
-  return list(found.devices)
-
-
 def make(config: config_lib.ExperimentConfig, topology: str) -> Plan:
   """Compiles the train step of a config for a topology.
 
   Raises RefusedError where the config does not fit the mesh or the devices.
   """
-  devices = find_devices(topology)
+  devices = topology_lib.find_devices(topology)
   mesh = mesh_lib.make_mesh(
     config.mesh.data, config.mesh.seq, config.mesh.model, devices
   )
   run_lib.check_mesh(config, mesh)
   start = time.process_time()
-  with kernels.compiling_for(devices[0].platform):
+  with kernels.compiling_for(topology_lib.parse(topology).platform):
     update = run_lib.make_update(config, mesh)
     lowered = update.train_step.lower(
       update.abstract_state, _abstract_batch(config, mesh)
@@ -173,17 +142,20 @@ def _describe(config, topology, mesh, state, compiled, used, compile_seconds):
     program = hlo.read(text)
     unknown = program.unknown_loops
     received = _received(program)
-    seconds = _seconds(program, received, chip)
-    share = model_flops / mesh.size / seconds["step"] / chip.peak_flops
+    if chip.clock:
+      seconds = _seconds(program, received, chip)
+      share = model_flops / mesh.size / seconds["step"] / chip.peak_flops
+  limit = limit or chip.hbm
   return Plan(
     topology=topology,
     devices=mesh.size,
-    fits=compiled is not None,
+    # Only compilers for TPUs refuse what is too large.
+    fits=compiled is not None and peak <= limit,
     peak_bytes=peak,
-    limit_bytes=limit or chip.hbm,
+    limit_bytes=limit,
     host_bytes=host,
-    parameter_bytes=_bytes(state.params),
-    optimizer_bytes=_bytes(state.opt_state),
+    parameter_bytes=device_bytes(state.params),
+    optimizer_bytes=device_bytes(state.opt_state),
     model_flops=model_flops,
     computed_flops=windows * costs.computed_flops(config.model, window),
     collectives=received,
@@ -217,7 +189,7 @@ def _seconds(program, received, chip):
   return {**seconds, "step": sum(seconds.values())}
 
 
-def _bytes(tree):
+def device_bytes(tree) -> int:
   """Returns the bytes of abstract arrays on one device."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -21,6 +21,7 @@ LAYERS = [
   "scores",
   "evaluate",
   "plan",
+  "estimate",
 ]
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -17,7 +17,7 @@ _SIZES = {
   "pred": 1,
 }
 _LINE = re.compile(
-  r"= (?P<shape>\(?\w+\[.*?) "
+  r"= (?P<shape>\(*\w+\[.*?) "
   r"(?P<kind>all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)"
   r"(?:-start)?\("
 )
@@ -25,7 +25,9 @@ _CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA_GROUP = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
-_MESH_GROUP = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
+_MESH_GROUP = re.compile(
+  r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\)\))? \{(.*?)\}"
+)
 
 
 class Collective(NamedTuple):
@@ -53,32 +55,34 @@ def collectives(text: str) -> list[Collective]:
   device receives (D - 1) / D s from an all-gather or all-to-all, (D - 1) s
   from a reduce-scatter, 2 (D - 1) / D s from an all-reduce, s from a permute.
   """
-  chains, found = set(), []
-  for line in text.splitlines():
-    match = _LINE.search(line)
-    if not match:
-      continue
-    if chain := _CHAIN.search(line):
-      if chain.groups() in chains:
-        continue
-      chains.add(chain.groups())
-    found.extend(_read(line, match))
-  return found
+  lines = (hlo.Line(line, "", 1) for line in text.splitlines())
+  return [found for found, _ in _all(lines)]
 
 
 def of_program(program: hlo.Program) -> Iterator[tuple[Collective, int]]:
   """Yields the collectives of a program and how often each is run."""
-  for line in program.lines:
-    if match := _LINE.search(line.text):
-      for found in _read(line.text, match):
-        yield found, line.times
+  return _all(program.lines)
+
+
+def _all(lines):
+  """Yields the collectives of lines and how often each is run."""
+  chains = set()
+  for line in lines:
+    if not (match := _LINE.search(line.text)):
+      continue
+    if chain := _CHAIN.search(line.text):
+      if chain.groups() in chains:
+        continue
+      chains.add(chain.groups())
+    for found in _read(line.text, match):
+      yield found, line.times
 
 
 def _read(line, match):
   """Yields what one line moves, array by array."""
   kind = match["kind"]
   arrays = _ARRAY.findall(match["shape"])
-  if "-start(" in line:  # the shapes of the operands come first
+  if "-start(" in line and kind != "all-reduce":  # operands come first
     arrays = arrays[len(arrays) // 2 :]
   group = 2 if kind == "collective-permute" else _group_size(line)
   for dtype, dims in arrays:

@@ -149,13 +149,27 @@ def computed_flops(config, length: int) -> int:
     config: a `LongNetConfig`.
     length: positions of the window.
   """
-  projections, logits, pairs = _forward(config, length)
-  again = config.remat in ("full", "offload")
-  scores = (4 * (1 + again) + 10) * config.head_dim * pairs
-  products = (3 + again) * projections + 3 * logits
+  projections, logits, _ = _forward(config, length)
+  products = (3 + _again(config)) * projections + 3 * logits
   if config.remat == "dots":
     products += config.num_layers * config.model_dim * config.ffn_dim * length
-  return 2 * products + scores
+  return 2 * products + score_flops(config, length)
+
+
+def score_flops(config, length: int) -> int:
+  """Returns those of `computed_flops` that attention's kernels do.
+
+  Args:
+    config: a `LongNetConfig`.
+    length: positions of the window.
+  """
+  pairs = config.num_layers * attention_pairs(config, length)
+  return (4 * (1 + _again(config)) + 10) * config.head_dim * pairs
+
+
+def _again(config):
+  """Returns whether backward computes a block a second time."""
+  return config.remat in ("full", "offload")
 
 
 def attention_pairs(config, length: int) -> int:

@@ -31,7 +31,8 @@ class Line(NamedTuple):
 class Program(NamedTuple):
   """The instructions that one call runs, loops multiplied out.
 
-  lines: each once; fusions and what they call are one line.
+  lines: each once; fusions and what they call are one line, but for links of
+    a chain: a collective that runs beside several fusions.
   unknown_loops: loops of which only run time knows how often they turn; they
     count once.
   """
@@ -96,7 +97,11 @@ def _walk(computations, name, times, unknown) -> Iterator[Line]:
       yield from max(branches, key=_weight)
     else:
       yield Line(text, kind, times)
-      if kind in ("call", "async-start"):
+      if kind == "fusion":
+        called = (x for name in _called(text) for x in computations[name])
+        links = (x for x in called if "chain_id=" in x)
+        yield from (Line(x, _KIND.search(x)[1], times) for x in links)
+      elif kind in ("call", "async-start"):
         for called in _called(text):
           yield from _walk(computations, called, times, unknown)
 

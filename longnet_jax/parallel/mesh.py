@@ -1,5 +1,7 @@
 """The mesh of devices: axes data (batch), seq (positions), model (heads)."""
 
+import math
+
 import jax
 from jax.sharding import AxisType
 
@@ -18,13 +20,7 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else devices
   shape = (data, seq, model)
-  needed = data * seq * model
-  if needed > len(devices):
-    raise checked.RefusedError(
-      f"mesh data x seq x model = {data} x {seq} x {model} needs {needed} "
-      f"devices and there are {len(devices)}; choose sizes whose product is "
-      f"at most {len(devices)}"
-    )
+  needed = check_count(shape, len(devices))
   idle = {d.process_index for d in devices[needed:]} - {
     d.process_index for d in devices[:needed]
   }
@@ -40,3 +36,16 @@ def make_mesh(
     axis_types=(AxisType.Auto,) * len(AXES),
     devices=devices[:needed],
   )
+
+
+def check_count(shape: tuple[int, int, int], devices: int) -> int:
+  """Returns the devices of a mesh; raises ValueError where there are fewer."""
+  needed = math.prod(shape)
+  if needed > devices:
+    data, seq, model = shape
+    raise checked.RefusedError(
+      f"mesh data x seq x model = {data} x {seq} x {model} needs {needed} "
+      f"devices and there are {devices}; choose sizes whose product is "
+      f"at most {devices}"
+    )
+  return needed

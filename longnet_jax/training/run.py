@@ -130,7 +130,7 @@ def make_update(
   def init():
     return state_lib.init_state(model, optimizer, config.seed)
 
-  abstract = _with_shardings(jax.eval_shape(init), mesh)
+  abstract = with_shardings(jax.eval_shape(init), mesh)
   train_step = step_lib.make_train_step(
     model,
     optimizer,
@@ -244,7 +244,8 @@ def check_mesh(config: config_lib.ExperimentConfig, mesh) -> None:
   )
 
 
-def _with_shardings(abstract, mesh):
+def with_shardings(abstract, mesh):
+  """Returns shapes and types, and where they lie on a mesh."""
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=where

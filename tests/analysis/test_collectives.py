@@ -9,6 +9,12 @@ TEXT = """
   %f = f32[8]{0} add(%d, %c)
   %g = f32[8]{0} all-gather(%d), replica_groups=mesh['a'=2,'b'=4] {'b'}, y=2
   %h = f32[8]{0} all-gather(%d), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}
+  %i = ((f32[2], f32[4]), (f32[4], f32[8])) all-gather-start(%d, %e), \
+replica_groups={{0,1}}
+  %j = ((f32[4]), f32[2]) reduce-scatter-start(%d), replica_groups={{0,1}}
+  %k = (f32[2]{0}, f32[4]{0}) all-reduce-start(%d, %e), replica_groups={{0,1}}
+  %l = f32[8]{0} all-gather(%d), \
+replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, y=2
 """
 # The TPU compiler repeats a collective in every computation it runs beside.
 CHAIN = """
@@ -34,4 +40,10 @@ def test_reads_what_each_collective_receives():
     ("all-reduce", "f32", 2, 4),
     ("all-gather", "f32", 4, 24),
     ("all-gather", "f32", 4, 24),
+    ("all-gather", "f32", 2, 8),
+    ("all-gather", "f32", 2, 16),
+    ("reduce-scatter", "f32", 2, 8),
+    ("all-reduce", "f32", 2, 8),
+    ("all-reduce", "f32", 2, 16),
+    ("all-gather", "f32", 2, 16),
   ]

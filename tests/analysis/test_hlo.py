@@ -46,3 +46,12 @@ def test_collectives_are_counted_as_often_as_they_run():
   found = list(collectives.of_program(hlo.read(TEXT)))
   assert [times for _, times in found] == [4, 3, 1]
   assert {x.received for x, _ in found} == {32}
+
+
+def test_a_collective_that_runs_inside_fusions_counts_once_a_turn():
+  link = '%l = f32[8]{0} all-gather(%p), channel_id=1, chain_id="2", '
+  link += "replica_groups={{0,1}}\n  "
+  text = TEXT.replace("ROOT %twice", link + "ROOT %twice")
+  found = list(collectives.of_program(hlo.read(text)))
+  assert [(x.received, times) for x, times in found][:2] == [(16, 4), (32, 4)]
+  assert len(found) == 4

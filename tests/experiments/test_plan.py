@@ -1,14 +1,20 @@
 """Plans for TPUs: search, table, refusals; a compiled one is slow."""
 
+import dataclasses
 import importlib.util
+import json
+import shlex
+import subprocess
+import sys
 
 import jax
-from jax.experimental import topologies
 import pytest
 
 from configs import quickstart
 from experiments import plan as command
+from experiments import plan_search, report
 from longnet_jax import checked, plan
+from longnet_jax.analysis import topology as topology_lib
 from longnet_jax.training import config as config_lib
 
 FOUND = plan.Plan(
@@ -41,9 +47,12 @@ def test_the_search_ends_at_the_longest_window_that_fits(start):
     assert config.model.segment_lengths[-1] >= config.data.window
     return {"fits": config.data.window <= 8192, "window": config.data.window}
 
-  assert command.search(settings, make)["window"] == 8192
+  assert plan_search.longest(settings, make)["window"] == 8192
+  assert plan_search.near(settings, make).data.window == 8192
+  refuse = lambda settings: {"fits": False}
   with pytest.raises(checked.RefusedError, match="more devices"):
-    command.search(settings, lambda settings: {"fits": False})
+    plan_search.longest(settings, refuse)
+  assert plan_search.near(settings, refuse).data.window == start
 
 
 def test_what_is_printed():
@@ -68,23 +77,73 @@ def test_what_is_printed():
   assert "estimated" not in text
 
 
-@pytest.mark.parametrize(
-  "error, match",
-  [
-    (RuntimeError("JAX TPU support not installed"), "pip install -e '.*tpu"),
-    (
-      jax.errors.JaxRuntimeError("INVALID_ARGUMENT: bad"),
-      "'x': bad; use .*v5e",
-    ),
-  ],
-)
-def test_refusals(error, match, monkeypatch):
-  def fail(**_):
-    raise error
+def test_an_estimate_and_a_gpu_say_what_they_are():
+  found = dataclasses.replace(FOUND, compile_seconds=None)
+  text = "\n".join(command.table(found))
+  assert text.startswith("fits by estimate: 3.00 GiB of 16.00 GiB")
+  assert "(products at 65% of peak, arrays" in text
+  assert text.endswith("by arithmetic: nothing was compiled")
+  found = dataclasses.replace(FOUND, seconds=None, share_of_peak=None)
+  text = "\n".join(command.table(found))
+  assert "its compiler expects no times; --estimate does" in text
 
-  monkeypatch.setattr(topologies, "get_topology_desc", fail)
-  with pytest.raises(checked.RefusedError, match=match):
-    plan.find_devices("x")
+
+def _settings():
+  settings = quickstart.get_config()
+  settings.model.update(num_layers=2, model_dim=128, num_heads=2, ffn_dim=256)
+  settings.training.batch_size = 2
+  return settings
+
+
+def test_the_fastest_mesh_that_fits_is_found(capsys):
+  asked = []
+
+  def make(settings):
+    asked.append(settings)
+    return {"fits": len(asked) == 17}
+
+  topology = topology_lib.parse("v5e:2x2")
+  with jax.numpy_dtype_promotion("standard"):  # optax needs it
+    with pytest.raises(checked.RefusedError, match="nothing fits that does"):
+      plan_search.fastest(_settings(), topology, make)
+    assert plan_search.fastest(_settings(), topology, make) == {"fits": True}
+  # The batch and the heads are divided by 2 at most.
+  meshes = {(s.mesh.data, s.mesh.seq, s.mesh.model) for s in asked[:16]}
+  assert meshes == {(1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)}
+  # Sixteen were too large for the compiler; the second search has the first.
+  flags = plan_search.flags_of(asked[0])
+  assert flags.startswith("--config.mesh.data=2 --config.mesh.seq=2")
+  assert flags.endswith("--config.mesh.model=1 --config.model.remat=dots")
+  shown = capsys.readouterr().out
+  assert "16 of 16 fit by estimate; the fastest:" in shown
+  assert f"as flags of experiments.train: {flags}" in shown
+
+
+def test_a_search_for_a_mesh_says_why_there_is_none(monkeypatch):
+  topology = topology_lib.parse("v5e:1x7")
+  with pytest.raises(checked.RefusedError, match="no mesh of 7 devices"):
+    plan_search.fastest(_settings(), topology, None)
+  large = dataclasses.replace(FOUND, fits=False)
+  monkeypatch.setattr(plan_search, "_estimates", lambda *_: [(None, large)])
+  with pytest.raises(checked.RefusedError, match="the least being 3.00 GiB"):
+    plan_search.fastest(_settings(), topology, None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not importlib.util.find_spec("jax_cuda13_plugin"),
+  reason="needs the extra `cuda`, but no GPU",
+)
+def test_a_committed_plan_is_what_is_compiled(tmp_path):
+  record = json.loads((report.DOCS / "plans/gpu_8.json").read_text())
+  _, *arguments, _ = shlex.split(record["command"])
+  arguments = [sys.executable, *arguments, f"--json={tmp_path / 'plan.json'}"]
+  subprocess.run(arguments, check=True, cwd=report.ROOT)
+  found = json.loads((tmp_path / "plan.json").read_text())
+  assert found["peak_bytes"] == pytest.approx(record["peak_bytes"], rel=0.02)
+  changing = ("command", "hardware", "compile_seconds", "peak_bytes")
+  same = lambda plan: {k: v for k, v in plan.items() if k not in changing}
+  assert same(found) == same(record)
 
 
 @pytest.mark.slow
