@@ -98,59 +98,64 @@ def _make(settings, *, topology, make: Callable, quiet: bool = False):
 def table(found: plan.Plan) -> list[str]:
   """Returns the lines that say what was found."""
   is_estimate = found.compile_seconds is None
-  peak = (
-    ""
-    if found.peak_bytes is None
-    else f"{plan_search.gib(found.peak_bytes)} of "
-  )
-  spare = ""
-  if found.peak_bytes is not None:
-    rest = found.limit_bytes - found.peak_bytes
-    spare = (
-      f", {plan_search.gib(abs(rest))} {'free' if rest >= 0 else 'too much'}"
-    )
-  lines = [
-    f"{'fits' if found.fits else 'DOES NOT FIT'}"
-    + " by estimate" * is_estimate
-    + f": {peak}{plan_search.gib(found.limit_bytes)} a device{spare}",
+  how = "; by arithmetic, nothing was compiled" * is_estimate
+  lines = [_verdict(found) + how]
+  lines.append(
     f"  parameters {plan_search.gib(found.parameter_bytes)}, optimizer "
     f"{plan_search.gib(found.optimizer_bytes)}, the rest is activations"
     + f"; on the host {plan_search.gib(found.host_bytes)}"
-    * bool(found.host_bytes),
-    f"  TFLOP a device and step: model {_tera(found.model_flops, found)}, "
-    f"computed {_tera(found.computed_flops, found)}",
-  ]
+    * bool(found.host_bytes)
+  )
+  model, computed = (
+    _number(flops / found.devices / 1e12)
+    for flops in (found.model_flops, found.computed_flops)
+  )
+  lines.append(f"  TFLOP a device and step: model {model}, computed {computed}")
   for (kind, dtype, group), size in sorted(found.collectives.items()):
     lines.append(
       f"  {kind} of {dtype} among {group}: {size / 2**20:,.1f} MiB received"
     )
   if found.seconds is not None:
-    parts = (f"{name} {1e3 * x:,.0f}" for name, x in found.seconds.items())
-    lines.append(
-      f"  estimated ms: {', '.join(parts)}; {found.share_of_peak:.0%} of peak"
-    )
-    counted = "the compiler's cycles at the chip's clock"
-    if is_estimate:
-      counted = f"products at {seconds.PRODUCT_SHARE:.0%} of peak, arrays at "
-      counted += "the memory's rate"
-    lines.append(
-      f"  ({counted}; kernels at {plan.KERNEL_SHARE:.0%} of peak; links one "
-      "ring at a time; nothing overlaps; copies to the host are not counted; "
-      "nothing was run)"
-    )
+    lines += _times(found, is_estimate)
   elif found.fits:
     lines.append("  its compiler expects no times; --estimate does")
   if found.unknown_loops:
     lines.append(f"  {found.unknown_loops} loops are counted once")
-  if is_estimate:
-    lines.append("  by arithmetic: nothing was compiled")
-  else:
+  if not is_estimate:
     lines.append(f"  {found.compile_seconds:.0f} CPU seconds to compile")
   return lines
 
 
-def _tera(flops, found):
-  return f"{flops / found.devices / 1e12:.1f}"
+def _verdict(found):
+  verdict = "fits" if found.fits else "DOES NOT FIT"
+  limit = f"{plan_search.gib(found.limit_bytes)} a device"
+  if found.peak_bytes is None:
+    return f"{verdict}: {limit}"
+  rest = found.limit_bytes - found.peak_bytes
+  return (
+    f"{verdict}: {plan_search.gib(found.peak_bytes)} of {limit}, "
+    f"{plan_search.gib(abs(rest))} {'free' if rest >= 0 else 'too much'}"
+  )
+
+
+def _times(found, is_estimate):
+  parts = (f"{name} {_number(1e3 * x)}" for name, x in found.seconds.items())
+  counted = "the compiler's cycles at the chip's clock"
+  if is_estimate:
+    counted = (
+      f"products at {seconds.PRODUCT_SHARE:.0%} of peak, arrays at the "
+      "memory's rate"
+    )
+  return [
+    f"  estimated ms: {', '.join(parts)}; {found.share_of_peak:.0%} of peak",
+    f"  ({counted}; kernels at {plan.KERNEL_SHARE:.0%} of peak; links one "
+    "ring at a time; nothing overlaps; copies to the host are not counted; "
+    "nothing was run)",
+  ]
+
+
+def _number(x):
+  return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import shlex
 import jax
 import pytest
 
-from configs import quickstart
+from configs import longnet_1b_tokens, quickstart
 from longnet_jax import checked, estimate
 from longnet_jax.training import config as config_lib
 
@@ -84,6 +84,23 @@ def test_a_mesh_divides_what_it_splits_and_sends_what_it_shares():
   assert {group for _, _, group in split.collectives} == {2}
   assert split.peak_bytes < one.peak_bytes
   assert split.seconds["kernels"] == one.seconds["kernels"] / 2
+
+
+def test_of_a_longer_window_a_device_receives_as_much():
+  received = []
+  for window in (2**26, 2**28, 2**30):
+    settings = longnet_1b_tokens.get_config()
+    shorter = [2**w for w in range(11, 30, 2) if 2**w < window]
+    lengths = (*shorter, window)
+    settings.model.update(
+      segment_lengths=lengths,
+      dilation_rates=tuple(w // 2048 for w in lengths),
+      max_positions=window,
+    )
+    settings.data.window = window
+    found = _make(config_lib.build(settings), "v5p:8x8x16")
+    received.append(sum(found.collectives.values()))
+  assert len(set(received)) == 1
 
 
 def test_refusals():
