@@ -52,8 +52,9 @@ def _draw(record, path):
     style = dict(color=colour, marker="o", label=baselines.LABELS[core])
     text.plot(axes, flops, series, **style)
     for place, values, context in zip(flops, series, made, strict=True):
-      offset = dict(xytext=(4, 4), textcoords="offset points", fontsize=8)
-      axes.annotate(f"{context:,}", (place, values[0]), **offset)
+      offset = dict(xytext=(6, -3), textcoords="offset points", fontsize=8)
+      mean = sum(values) / len(values)
+      axes.annotate(f"{context:,}", (place, mean), **offset)
   axes.set(xlabel="TFLOP of training", ylabel="bits a byte, test split")
   axes.grid(alpha=0.3)
   axes.margins(0.1)
