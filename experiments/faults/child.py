@@ -66,7 +66,11 @@ def train(
 
 
 def keep_compiled(folder: str) -> None:
-  """Keeps all compiled code in a folder, however small."""
+  """Keeps all compiled code in a folder, however small.
+
+  Whatever JAX_ENABLE_COMPILATION_CACHE says: trials damage what is kept.
+  """
+  jax.config.update("jax_enable_compilation_cache", True)
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -201,7 +201,7 @@ def test_a_million_positions_cost_what_ten_thousand_do():
       jax.block_until_ready(logits)
       times.append(time.perf_counter() - start)
     assert np.isfinite(logits).all()
-    milliseconds = 1e3 * np.median(times)
+    milliseconds = 1e3 * min(times)  # others may use the machine, too
     print(f"{core}, {length}: {cache.nbytes} bytes, {milliseconds:.3f} ms")
     return cache.nbytes, milliseconds
 
