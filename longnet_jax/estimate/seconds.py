@@ -42,7 +42,7 @@ def of_step(
   block = VISITS * _made(model, rows)
   block += _COPIES * max(memory.kept(model, rows), entered)
   block += _selected(rows, platform, model.head_dim)
-  logits = VISITS * rows.vocabulary * (2 * WIDE + rows.itemsize)
+  products, logits = _loss(rows, platform, products)
   moved = rows.parts * rows.count * (model.num_layers * block + logits)
   seconds = {
     "products": products / (PRODUCT_SHARE * chip.peak_flops),
@@ -53,17 +53,32 @@ def of_step(
   return {**seconds, "step": sum(seconds.values())}
 
 
+def _loss(rows, platform, products):
+  """Returns FLOPs of all products, and bytes of a row's logits.
+
+  On TPU a second product takes the place of logits in float32.
+  """
+  if platform == "tpu" and rows.itemsize < WIDE:
+    again = 2 * rows.count * rows.parts * rows.width * rows.vocabulary
+    return products + again, VISITS * rows.vocabulary * rows.itemsize
+  return products, VISITS * rows.vocabulary * (2 * WIDE + rows.itemsize)
+
+
 def _made(model, rows):
   """Returns the bytes of a row's arrays in a block, forward and backward."""
-  # Norm, q, k, v, attended, its norm, its projection, sum.
-  attention = 3 * rows.width + 3 * rows.queries + 2 * rows.keys
-  # Norm, product, GELU, its norm, second product, sum.
-  feed_forward = 3 * rows.width + 3 * rows.hidden
+  # q, k, v, attended, its projection, sum.
+  attention = 2 * rows.width + 2 * rows.queries + 2 * rows.keys
+  # Product, GELU, second product, sum.
+  feed_forward = 2 * rows.width + 2 * rows.hidden
   again = 0
   if model.remat == "dots":
-    again = 3 * rows.width + rows.queries + 3 * rows.hidden
+    again = rows.width + 2 * rows.hidden
   elif rows.again:
     again = attention + feed_forward
+  if rows.itemsize == WIDE:  # else linear maps take over the norms
+    attention += rows.width + rows.queries
+    feed_forward += rows.width + rows.hidden
+    again += 2 * rows.width + rows.queries + rows.hidden
   # Backward makes a gradient of each, and reads each.
   return (3 * (attention + feed_forward) + again) * rows.itemsize
 

@@ -36,24 +36,38 @@ class Linear(nn.Module):
   axes: int = 1
   gain: float = 1.0
 
-  @nn.compact
   def __call__(self, x: Array | Normalized) -> Array:
     """Returns y, of the dtype of x."""
-    rows = x.rows if isinstance(x, Normalized) else x
-    inputs = rows.shape[-self.axes :]
+    rows, *affine = x if isinstance(x, Normalized) else (x,)
+    return multiply(rows, *self.weights(rows.shape[-self.axes :], *affine))
+
+  @nn.compact
+  def weights(
+    self,
+    inputs: tuple[int, ...],
+    scale: Array | None = None,
+    shift: Array | None = None,
+  ) -> tuple[Array, Array]:
+    """Returns W and b for `multiply`, of scale * x + shift where these are."""
     kernel = self.param("kernel", self._draw, inputs + self.outputs)
     zeros = nn.initializers.zeros_init()
     bias = self.param("bias", zeros, self.outputs, jnp.float32)
-    if isinstance(x, Normalized):
-      bias += jnp.tensordot(x.bias, kernel, self.axes, precision="highest")
-      kernel *= x.scale.reshape(inputs + (1,) * len(self.outputs))
-    y = jnp.tensordot(rows, kernel.astype(rows.dtype), self.axes)
-    return y + _align(bias.astype(y.dtype), y)
+    if scale is not None:
+      bias += jnp.tensordot(shift, kernel, self.axes, precision="highest")
+      kernel *= scale.reshape(inputs + (1,) * len(self.outputs))
+    return kernel, bias
 
   def _draw(self, key, shape):
     sides = math.prod(shape[: self.axes]), math.prod(shape[self.axes :])
     xavier = nn.initializers.variance_scaling(self.gain**2, "fan_avg", "normal")
     return xavier(key, sides, jnp.float32).reshape(shape)
+
+
+def multiply(rows: Array, kernel: Array, bias: Array) -> Array:
+  """Returns rows W + b, of the dtype of the rows."""
+  kernel, bias = kernel.astype(rows.dtype), bias.astype(rows.dtype)
+  y = jnp.tensordot(rows, kernel, kernel.ndim - bias.ndim)
+  return y + _align(bias, y)
 
 
 class LayerNorm(nn.Module):
@@ -78,29 +92,41 @@ class LayerNorm(nn.Module):
 
   def __call__(self, x: Array) -> Array:
     """Returns the normalized x, of its shape and dtype."""
-    axes = tuple(range(-len(self.shape), 0))
-    exact = x.astype(jnp.float32)
-    centred = exact - exact.mean(axes, keepdims=True)
-    variance = jnp.square(centred).mean(axes, keepdims=True)
-    y = centred * jax.lax.rsqrt(variance + self.epsilon)
-    return (y * _align(self.scale, y) + _align(self.bias, y)).astype(x.dtype)
+    return _normalize(x, self.scale, self.bias, self.epsilon)
 
   def before_linear(self, x: Array) -> Array | Normalized:
-    """Returns the normalized x for a `Linear`; faster in bfloat16.
+    """Returns the normalized x for a `Linear`, which is faster in bfloat16."""
+    return _before_linear(x, self.scale, self.bias, self.epsilon)
 
-    There mean and variance are sums of one pass, E x^2 - (E x)^2. What that
-    loses in float32 where the mean is large, bfloat16 has lost before: the
-    numbers of such a row are a multiple of 2^-8 of it.
-    """
-    if x.dtype != jnp.bfloat16:
-      return self(x)
-    axes = tuple(range(-len(self.shape), 0))
-    exact = x.astype(jnp.float32)
-    mean = exact.mean(axes, keepdims=True)
-    square = jnp.square(exact).mean(axes, keepdims=True)
-    variance = jnp.maximum(square - jnp.square(mean), 0)
-    rows = (exact - mean) * jax.lax.rsqrt(variance + self.epsilon)
-    return Normalized(rows.astype(x.dtype), self.scale, self.bias)
+
+def _before_linear(x, scale, bias, epsilon):
+  if x.dtype != jnp.bfloat16:
+    return _normalize(x, scale, bias, epsilon)
+  rows = _standardize(x, tuple(range(-scale.ndim, 0)), epsilon)
+  return Normalized(rows, scale, bias)
+
+
+def _normalize(x, scale, bias, epsilon):
+  axes = tuple(range(-scale.ndim, 0))
+  exact = x.astype(jnp.float32)
+  centred = exact - exact.mean(axes, keepdims=True)
+  variance = jnp.square(centred).mean(axes, keepdims=True)
+  y = centred * jax.lax.rsqrt(variance + epsilon)
+  return (y * _align(scale, y) + _align(bias, y)).astype(x.dtype)
+
+
+def _standardize(x, axes, epsilon):
+  """Returns (x - mean) / sqrt(variance + epsilon) of bfloat16.
+
+  The sums are of one pass, variance = E x^2 - (E x)^2. What that loses in
+  float32 where the mean is large, bfloat16 has lost before: the numbers of such
+  a row are multiples of 2^-8 of it.
+  """
+  exact = x.astype(jnp.float32)
+  mean = exact.mean(axes, keepdims=True)
+  square = jnp.square(exact).mean(axes, keepdims=True)
+  variance = jnp.maximum(square - jnp.square(mean), 0)
+  return ((exact - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -114,31 +140,35 @@ class FeedForward(nn.Module):
   ) -> Float[Array, "B T D"]:
     """Returns the update of the residual stream."""
     rows, *affine = x if isinstance(x, Normalized) else (x,)
+    update = self._make_update(rows.dtype, affine)
     length, chunk = rows.shape[1], self.config.ffn_chunk
     if not 0 < chunk < length:
-      return self._update(rows, affine)
+      return update(rows)
     cut, join = chunks.make_cut(length, chunk)
     # Backward computes a chunk again, and nothing else of it is kept.
-    scan = nn.scan(
-      nn.remat(
-        lambda self, affine, rows: (affine, self._update(rows, affine)),
-        prevent_cse=False,
-      ),
-      variable_broadcast="params",
-      split_rngs={"params": False},
-    )
-    return join(scan(self, affine, cut(rows))[1])
+    again = jax.checkpoint(update, prevent_cse=False)
+    return join(jax.lax.map(again, cut(rows)))
 
-  def _update(self, rows, affine):
-    config = self.config
+  def _make_update(self, dtype, affine):
+    """Returns rows -> their update, with weights that are made once."""
+    config, epsilon = self.config, self.config.layernorm_epsilon
     gain = initial_gain(config)
     width, hidden = (config.model_dim,), (config.ffn_dim,)
-    x = Normalized(rows, *affine) if affine else rows
-    x = gelu.gelu(Linear(hidden, gain=gain, name="fc1")(x))
+    inner = ()
     if config.sub_layernorm:
-      norm = LayerNorm(hidden, config.layernorm_epsilon, name="norm")
-      x = norm.before_linear(x)
-    return Linear(width, gain=gain, name="fc2")(x)
+      norm = LayerNorm(hidden, epsilon, name="norm")
+      inner = norm.scale, norm.bias
+    folded = inner if dtype == jnp.bfloat16 else ()
+    fc1 = Linear(hidden, gain=gain, name="fc1").weights(width, *affine)
+    fc2 = Linear(width, gain=gain, name="fc2").weights(hidden, *folded)
+
+    def update(rows):
+      x = gelu.gelu(multiply(rows, *fc1))
+      if inner:
+        x = _before_linear(x, *inner, epsilon)
+      return multiply(x.rows if folded else x, *fc2)
+
+    return update
 
 
 class DropPath(nn.Module):
