@@ -37,20 +37,27 @@ def _table(record):
 
 def _draw(record, path):
   lengths, found = text.lengths(record), _by_size(record)
+  shortest, *_, longest = lengths
   picture = figure.Figure(figsize=(10, 4), layout="constrained")
-  by_size, by_prompt = picture.subplots(1, 2, sharey=True)
-  at_longest = [[text.bits(m, lengths[-1]) for m in f] for f in found.values()]
+  by_size, by_prompt = picture.subplots(1, 2)
+  at_longest = [[text.bits(m, longest) for m in f] for f in found.values()]
   places = [parameters for _, parameters in found]
   text.plot(by_size, places, at_longest, color="k", marker="o")
   for ((width, _), each), colour in zip(
     found.items(), curves.colours(len(found)), strict=True
   ):
-    series = [[text.bits(m, n) for m in each] for n in lengths]
+    series = [
+      [text.bits(m, n) - text.bits(m, shortest) for m in each] for n in lengths
+    ]
     style = dict(color=colour, marker="o", label=f"width {width}")
     text.plot(by_prompt, lengths, series, **style)
   by_size.set(xlabel="parameters", ylabel="bits a byte, test split")
   by_size.set_xscale("log")
-  by_prompt.set(xlabel="prompt, tokens")
+  by_size.set_xticks(places, [f"{place:,}" for place in places], minor=False)
+  by_size.set_xticks([], minor=True)
+  by_prompt.set(
+    xlabel="prompt, tokens", ylabel=f"bits a byte more than at {shortest:,}"
+  )
   text.number_lengths(by_prompt, lengths)
   by_prompt.legend()
   for axes in (by_size, by_prompt):
