@@ -26,7 +26,7 @@ def get_config() -> config_dict.ConfigDict:
   config.model.max_positions = _WINDOW
   # Memory holds one block, and the host the inputs of the others.
   config.model.remat = "offload"
-  config.model.ffn_chunk = 16_384 * DEVICES
+  config.model.ffn_chunk = 65_536 * DEVICES
   config.data.layout = "stream"
   config.data.window = _WINDOW
   config.training.batch_size = 1

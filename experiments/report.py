@@ -45,6 +45,7 @@ TABLES = {
   "plans": (
     tables.plans,
     "plans/pod_v5e",
+    "plans/pod_v5e_longest",
     "plans/pod_v5p",
     "plans/longnet_1b_tokens",
     "plans/gpu_8",

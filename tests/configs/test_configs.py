@@ -52,7 +52,8 @@ def test_a_config_builds_and_its_model_has_shapes(name):
 
 
 @pytest.mark.parametrize(
-  "name", ["gpu_8", "longnet_1b_tokens", "pod_v5e", "pod_v5p"]
+  "name",
+  ["gpu_8", "longnet_1b_tokens", "pod_v5e", "pod_v5e_longest", "pod_v5p"],
 )
 def test_a_mesh_uses_all_devices_and_the_whole_window_is_a_segment(name):
   config = config_lib.build(_settings(name))
