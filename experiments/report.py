@@ -30,7 +30,7 @@ DOCS = ROOT / "docs"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # Those whose record is in docs/studies/.
-_STUDIES = ("ablations", "flops", "lengths", "reach", "sizes")
+_STUDIES = ("ablations", "flops", "lengths", "reach", "runtime", "sizes")
 # name: what makes lists of (head, rows), of which records in docs/.
 TABLES = {
   "benchmark": (tables.benchmark, "benchmark_cpu"),

@@ -8,10 +8,10 @@ the config; of its settings nothing else is used.
 
 from typing import NamedTuple
 
-from matplotlib import figure
+from matplotlib import figure, ticker
 
 from experiments import attention_speed
-from experiments.studies import runs
+from experiments.studies import runs, text
 from longnet_jax.training import curves
 
 _SEGMENT = 2048
@@ -82,7 +82,7 @@ def _table(record):
 def _draw(record, path):
   picture = figure.Figure(figsize=(6, 4), layout="constrained")
   axes = picture.subplots()
-  for core, colour in zip(("LongNet", _DENSE), curves.COLOURS, strict=False):
+  for core, colour in zip((_DENSE, "LongNet"), curves.COLOURS, strict=False):
     points = [
       (made["length"], made["seconds"][core])
       for made in record["measured"]
@@ -94,10 +94,13 @@ def _draw(record, path):
   axes.set(
     xlabel="length, tokens", ylabel=f"forward, seconds of {_TOKENS:,} tokens"
   )
-  axes.set_xscale("log", base=2)
+  text.number_lengths(axes, [made["length"] for made in record["measured"]])
   axes.set_yscale("log")
+  axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  axes.yaxis.set_major_formatter("{x:g}")
+  axes.yaxis.set_minor_formatter("")
   axes.grid(alpha=0.3)
-  axes.legend()
+  axes.legend(loc="center right")
   curves.save(picture, path)
 
 
