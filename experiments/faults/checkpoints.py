@@ -74,8 +74,8 @@ def _with_fallback(made, workdir, states, row):
 def _restore(made, workdir, *, fallback):
   """Step, and fingerprints of the parameters and of all of the state."""
   with checkpoint.Checkpoints(workdir, max_to_keep=2) as checkpoints:
-    state, step = loop.restore_or_init(made, checkpoints, fallback=fallback)
-  return step, *map(state_lib.fingerprint, (state.params, state))
+    state, beginning = loop.begin(made, checkpoints, fallback=fallback)
+  return beginning.step, *map(state_lib.fingerprint, (state.params, state))
 
 
 @functools.cache

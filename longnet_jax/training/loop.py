@@ -90,9 +90,9 @@ def train(
       tracker=track and tracker_lib.Tracker(tracker, track, settings, workdir),
     )
     trace = profile_lib.Profile(traced, workdir)
-    begin = functools.partial(_begin, run, fallback=fallback, origin=origin)
+    begin_run = functools.partial(begin, run, fallback=fallback, origin=origin)
     result = _train(
-      run, workdir, records, check_lease, open_writer, trace, begin
+      run, workdir, records, check_lease, open_writer, trace, begin_run
     )
     if first:
       curves.draw_losses(
@@ -103,14 +103,14 @@ def train(
 
 
 def _train(
-  run, workdir, records, check_lease, open_writer, trace, begin
+  run, workdir, records, check_lease, open_writer, trace, begin_run
 ) -> Result:
   """Trains a run whose workdir is ours and has its records."""
   training = run.config.training
   with checkpoint.Checkpoints(
     workdir, max_to_keep=training.max_to_keep, keep_every=training.keep_every
   ) as checkpoints:
-    state, beginning = begin(checkpoints)
+    state, beginning = begin_run(checkpoints)
     start = beginning.step
 
     def save(step, state, validation):
@@ -149,7 +149,13 @@ def _train(
   )
 
 
-def _begin(run, checkpoints, *, fallback, origin):
+def begin(
+  run: run_lib.Run,
+  checkpoints: checkpoint.Checkpoints,
+  *,
+  fallback: bool = False,
+  origin: initial_lib.Origin | None = None,
+) -> tuple[state_lib.TrainState, beginning_lib.Beginning]:
   """The state to begin with, and what is to be said of it."""
   state, step = restore_or_init(
     run, checkpoints, fallback=fallback, origin=origin
@@ -203,6 +209,9 @@ def restore_or_init(
 
 
 def _restore(run, checkpoints, step) -> state_lib.TrainState:
+  """The state of a step, every item of which can be read."""
+  for item in ("config", "tokenizer"):
+    checkpoints.restore_json(step, item)
   recorded = checkpoints.restore_json(step, "data")
   for name, value in run.fingerprints.items():
     if recorded[name] != value:

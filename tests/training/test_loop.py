@@ -250,6 +250,26 @@ def test_a_damaged_checkpoint_is_passed_over_when_asked(
   assert len(list(copy.glob("damaged-4-*"))) == 1
 
 
+@pytest.mark.parametrize("item", ["config", "tokenizer", "data"])
+def test_no_damaged_item_is_gone_on_from(
+  straight, tiny_settings, tmp_path, item
+):
+  copy = tmp_path / "run"
+  shutil.copytree(straight[0], copy)
+  path = copy / "checkpoints" / "4" / item / "metadata"
+  path.write_text(path.read_text().replace("e", "f", 1))
+  run = run_lib.make_run(
+    config_lib.build(tiny_settings()), workdir_lib.tokenizer_path(copy)
+  )
+  with checkpoint.Checkpoints(copy) as checkpoints:
+    with pytest.raises(
+      checkpoint.CheckpointError, match="--fallback .* step 2"
+    ):
+      loop.begin(run, checkpoints)
+    _, beginning = loop.begin(run, checkpoints, fallback=True)
+    assert beginning.step == 2 and checkpoints.steps() == [2]
+
+
 def test_an_update_that_is_not_finite_may_be_left_out(
   tiny_settings, tmp_path, monkeypatch
 ):
