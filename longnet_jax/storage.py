@@ -37,6 +37,8 @@ FAILURES = (
 )
 
 Path = pathlib.Path | epath.Path
+# Of a whole number in JSON: far more than any has, and far from overflowing.
+_MOST_DIGITS = 100
 
 
 class StorageError(OSError):
@@ -123,9 +125,12 @@ def read_json(where: Path) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-  """What a JSON text describes; ValueError says why it is none."""
+  """What a JSON text describes; ValueError says why it is none.
+
+  Whole numbers are those that a float can hold, too.
+  """
   try:
-    return json.loads(text)
+    return json.loads(text, parse_int=_whole)
   except RecursionError as error:
     raise ValueError("it nests too deep") from error
 
@@ -205,6 +210,13 @@ def check_writable(folder: Path) -> None:
     raise NotADirectoryError(20, "it is a file", str(folder))
   with tempfile.TemporaryFile(dir=folder) as probe:
     probe.write(bytes(4096))
+
+
+def _whole(digits: str) -> int:
+  number = int(digits)
+  if len(digits) > _MOST_DIGITS:
+    raise ValueError(f"it has a number of {len(digits)} digits")
+  return number
 
 
 def _local(text: str) -> pathlib.Path:

@@ -45,7 +45,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   assert path.read_text() == "old"
 
 
-@pytest.mark.parametrize("text", ["{", "\udcff", "[" * 100_000, "9" * 5000])
+@pytest.mark.parametrize(
+  "text", ["{", "\udcff", "[" * 100_000, "9" * 5000, "9" * 400]
+)
 def test_what_is_no_json_is_one_kind_of_error(tmp_path, text):
   path = tmp_path / "file"
   path.write_bytes(text.encode(errors="surrogateescape"))

@@ -144,10 +144,10 @@ def released_segment_lengths(
   """
   sizes = {"tile_size": tile_size, "max_wsi_size": max_wsi_size}
   for name, size in sizes.items():
-    if type(size) is not int or size < tile_size or size < 1:
+    if type(size) is not int or not max(tile_size, 1) <= size < 2**31:
       raise checked.RefusedError(
-        f"{name} must be pixels, such as {_DEFAULTS[name]}, and max_wsi_size"
-        f" at least tile_size; got {checked.shown(size)}"
+        f"{name} must be pixels, such as {_DEFAULTS[name]}, below 2^31, and"
+        f" max_wsi_size at least tile_size; got {checked.shown(size)}"
       )
   longest = int(math.log2((max_wsi_size // tile_size) ** 2))
   exponents = np.linspace(10, longest, len(_DILATION_RATES))

@@ -7,6 +7,7 @@ and settings that it changed.
 
 import datetime
 import json
+import math
 import time
 
 from longnet_jax import checked, storage
@@ -60,16 +61,19 @@ def _read(path) -> list[dict]:
   if not storage.exists(path):
     return []
   try:
-    found = storage.read_json(path)
-    return [
-      {**each, "began": str(each["began"]), "seconds": float(each["seconds"])}
-      for each in found
-    ]
+    return [_checked(each) for each in storage.read_json(path)]
   except (KeyError, OverflowError, TypeError, ValueError) as error:
     raise checked.RefusedError(
       f"{path} does not list the starts of a run; remove it, and they are "
       "counted anew"
     ) from error
+
+
+def _checked(entry: dict) -> dict:
+  seconds = float(entry["seconds"])
+  if not 0 <= seconds < math.inf:
+    raise ValueError("no time that has passed")
+  return {**entry, "began": str(entry["began"]), "seconds": seconds}
 
 
 def _since(began: float) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -51,7 +52,10 @@ def read_metrics(workdir) -> list[dict]:
 
 
 def _is_record(found) -> bool:
-  """Whether it is numbers by name, a step among them, and names of hosts."""
+  """Whether it is numbers by name, a step among them, and names of hosts.
+
+  Of these the seconds are added to those of other records.
+  """
   return (
     isinstance(found, dict)
     and type(found.get("step")) is int
@@ -59,6 +63,7 @@ def _is_record(found) -> bool:
       type(value) is str if name.endswith("_host") else type(value) in _NUMBERS
       for name, value in found.items()
     )
+    and 0 <= found.get("step_seconds", 0) < math.inf
   )
 
 

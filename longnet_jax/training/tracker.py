@@ -15,7 +15,9 @@ def load(name: str) -> Callable:
     checked.refuse("tracker", name, "module:function such as my_runs:track")
   try:
     found = getattr(importlib.import_module(module), function)
-  except Exception as error:  # what a module does on import can raise anything
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:  # what a user's module does can raise anything
     raise checked.RefusedError(
       f"tracker {name}: {_said(error)}; {advice}"
     ) from error
@@ -35,7 +37,9 @@ class Tracker:
     self._name = name
     try:
       self._track = function(settings, str(workdir))
-    except Exception as error:
+    except KeyboardInterrupt:
+      raise
+    except BaseException as error:
       raise checked.RefusedError(f"tracker {name}: {_said(error)}") from error
     if not callable(self._track):
       raise checked.RefusedError(
@@ -47,7 +51,9 @@ class Tracker:
     """Calls it."""
     try:
       self._track(step, values)
-    except Exception as error:
+    except KeyboardInterrupt:
+      raise
+    except BaseException as error:  # sys.exit would end a run as if it was done
       print(
         f"tracker {self._name} failed at step {step}: {_said(error)}",
         file=sys.stderr,
@@ -55,5 +61,5 @@ class Tracker:
       )
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
   return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -128,6 +128,10 @@ def test_segment_lengths_follow_the_slide_size():
       "max_wsi_size at least tile_size; got 100",
     ),
     (
+      {"max_wsi_size": 10**400, "segment_lengths": None},
+      "got 10000.*00[.]{3}$",
+    ),
+    (
       {"tile_size": 0, "segment_lengths": None},
       "tile_size must be pixels, such as 256",
     ),

@@ -63,7 +63,10 @@ def test_a_start_that_never_came_to_a_record_counts(tmp_path, clock):
   "text",
   [
     *("{", "3", "[1]", '[{"began": ""}]', "[" * 100_000),
-    '[{"began": "", "seconds": 1' + "0" * 400 + "}]",
+    *(
+      f'[{{"began": "", "seconds": {seconds}}}]'
+      for seconds in ("1" + "0" * 400, "NaN", "-1", "1e999")
+    ),
   ],
 )
 def test_what_is_no_list_of_starts_is_named(tmp_path, text):

@@ -30,6 +30,10 @@ def test_records_past_the_restored_step_and_torn_lines_go(tmp_path):
   [
     *(b"[1]", b"null", b'{"loss": 1}', b"\xff\xfe", b"", b"[" * 100_000),
     *(b'{"step": 1, "loss": nul', b'{"step": 1, "loss": null}'),
+    *(
+      b'{"step": 1, "step_seconds": %s}' % s for s in (b"NaN", b"-1", b"1e999")
+    ),
+    b'{"step": 1, "loss": 1%s}' % (b"0" * 400),
     *(b'{"step": 1, "loss": "1"}', b'{"step": 1, "slowest_host": 1}'),
   ],
 )

@@ -21,6 +21,16 @@ def refuse(settings, workdir):
   raise ConnectionError("no server")
 
 
+def leave(settings, workdir):
+  """Ends the process where it cannot log in."""
+  raise SystemExit(0)
+
+
+def leave_later(settings, workdir):
+  """Ends the process at a step."""
+  return lambda step, values: leave(settings, workdir)
+
+
 def forget(settings, workdir):
   """Returns nothing."""
 
