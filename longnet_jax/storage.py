@@ -48,9 +48,12 @@ class StorageError(OSError):
 def path(name: str | os.PathLike) -> Path:
   """A path of this machine, ~ expanded, or in a bucket.
 
-  Raises ValueError for a scheme that is not known or not installed.
+  Raises ValueError for a scheme that is not known or not installed, and for
+  what is no name.
   """
   text = os.fspath(name)
+  if not is_name(text):
+    checked.refuse("a path", text, "a name such as runs/NAME")
   found = _URL.match(text)
   if not found:
     return _local(text)
@@ -72,6 +75,14 @@ def path(name: str | os.PathLike) -> Path:
       f"pip install 'longnet-jax[{extra}]', or use a folder of this machine"
     )
   return epath.Path(text)
+
+
+def is_name(text: str) -> bool:
+  """Whether the system takes a text as the name of a file or a path."""
+  try:
+    return bool(text) and b"\0" not in os.fsencode(text)
+  except UnicodeEncodeError:
+    return False
 
 
 def is_remote(where: Path) -> bool:

@@ -80,7 +80,8 @@ def convert(
     abstract: the parameter tree as shapes.
 
   Raises:
-    ValueError: names the missing, the unused and the misshapen tensors.
+    ValueError: names the missing, the unused and the misshapen tensors, or one
+      with numbers that are not finite.
   """
   shapes = _shapes(abstract)
   _check(state, tensors, shapes)
@@ -237,4 +238,11 @@ def _float32(state, name):
     raise checked.RefusedError(
       f"{name} has type {array.dtype}; it must be a float type"
     )
-  return array.astype(np.float32)
+  with np.errstate(over="ignore"):
+    numbers = array.astype(np.float32)
+  if not np.isfinite(numbers).all():
+    raise checked.RefusedError(
+      f"{name} has numbers that are not finite in float32; import weights of a"
+      " run that did not diverge"
+    )
+  return numbers

@@ -94,9 +94,10 @@ def read_sharded(
     parts[str(part)].append(name)
   state = {}
   for part, names in parts.items():
-    if part != pathlib.PurePath(part).name or part in ("", "..", "."):
+    is_beside = part == pathlib.PurePath(part).name and part not in ("..", ".")
+    if not (is_beside and storage.is_name(part)):
       raise checked.RefusedError(
-        f"{path} names {part!r}, which is no file beside it"
+        f"{path} names {checked.shown(part)}, which is no file beside it"
       )
     file = path.with_name(part)
     with storage.on_this_machine(file) as local:

@@ -32,6 +32,8 @@ _GONE = re.compile(
 JOIN_TIMEOUT = 300
 # Seconds that a failed process 0 gives the others to fail in the same way.
 _PATIENCE = 5
+# CPU devices that a process makes in seconds.
+_MOST_FAKE = 4096
 _watches = []  # of the other processes, once all have come
 
 LostError = liveness.LostError
@@ -68,10 +70,8 @@ def start(
       f"join_timeout is {join_timeout}; choose 1 or more seconds"
     )
   if fake_devices is not None:
-    if fake_devices < 1:
-      raise checked.RefusedError(
-        f"fake_devices is {fake_devices}; choose 1 or more"
-      )
+    if not 1 <= fake_devices <= _MOST_FAKE:
+      checked.refuse("fake_devices", fake_devices, f"in 1..{_MOST_FAKE}")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", fake_devices)
   if coordinator is not None:

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from longnet_jax import storage
+from longnet_jax import checked, storage
 from longnet_jax.models import config as model_config
 from longnet_jax.models import longvit, slide_encoder
 from longnet_jax.parallel import hosts
@@ -278,12 +278,15 @@ class Checkpoints:
   def _reading(self, step, what="checkpoint"):
     others = [s for s in self.steps() if s != step]
     before = [s for s in others if s < step] or others
-    advice = (
-      f"train with --fallback to go on from step {before[-1]}, or read with "
-      f"--checkpoint={before[-1]}"
-      if before
-      else "no other step is left: start in an empty workdir"
-    )
+    advice = "no other step is left: start in an empty workdir"
+    if before:
+      advice = "train with --fallback"
+      if jax.process_count() > 1:
+        advice = "move that folder out of the workdir"
+      advice += (
+        f" to go on from step {before[-1]}, or read with "
+        f"--checkpoint={before[-1]}"
+      )
     problem = f"cannot read {what} {self.folder / str(step)}"
     return checkpoint_error.explained(problem, advice)
 
@@ -291,12 +294,24 @@ class Checkpoints:
 def folder(workdir) -> storage.Path:
   """Where a workdir has its checkpoints; CheckpointError if it cannot."""
   path = storage.absolute(workdir)
+  try:
+    str(path).encode()
+  except UnicodeEncodeError as error:
+    raise CheckpointError(
+      f"workdir {checked.shown(str(path))}: arrays go to folders whose names "
+      "are UTF-8 only; rename it or choose another"
+    ) from error
   if storage.is_remote(path) and not str(path).startswith("gs://"):
     raise CheckpointError(
       f"workdir {path}: arrays go to gs:// or to a file system only; use one "
       "of these, such as the bucket mounted as a folder"
     )
-  return path / "checkpoints"
+  found = path / "checkpoints"
+  if not storage.is_remote(found) and found.is_file():
+    raise CheckpointError(
+      f"{found} is a file; move it away or choose another workdir"
+    )
+  return found
 
 
 def exists(workdir) -> bool:

@@ -96,6 +96,16 @@ def test_a_model_of_ours_goes_there_and_back(side, changes):
   jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@pytest.mark.parametrize("number", [1e300, np.nan])
+def test_numbers_that_are_not_finite_are_refused(read_golden, number):
+  state, config, _ = read_golden("torchscale_decoder_0")
+  name = "layers.1.ffn.fc1.bias"
+  bad = state | {name: state[name].astype(np.float64)}
+  bad[name][-1] = number
+  with pytest.raises(checked.RefusedError, match=f"{name} has numbers that"):
+    torchscale.convert(bad, config)
+
+
 def test_every_tensor_is_accounted_for(read_golden):
   state, config, _ = read_golden("torchscale_decoder_0")
   bad = dict(state)

@@ -230,6 +230,28 @@ def test_damaged_results_of_one_step_keep_no_other_from_being_read(copied):
     assert checkpoints.steps() == [2, 6]
 
 
+def test_processes_are_told_what_all_of_them_can_do(copied, monkeypatch):
+  with checkpoint.open_to_read(copied) as checkpoints:
+    monkeypatch.setattr(checkpoint.jax, "process_count", lambda: 2)
+    with pytest.raises(
+      checkpoint.CheckpointError,
+      match="/4: damaged; move that folder out of the workdir to .* step 2,",
+    ):
+      with checkpoints._reading(4):
+        raise ValueError("damaged")
+    monkeypatch.undo()
+
+
+def test_where_no_checkpoints_can_lie_is_named(tmp_path):
+  (tmp_path / "checkpoints").touch()
+  for workdir, message in (
+    (tmp_path, "checkpoints is a file; move it away or choose another"),
+    (tmp_path / "\udcff", "udcff': arrays go to folders whose names are UTF-8"),
+  ):
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+      checkpoint.folder(workdir)
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
   usage = shutil.disk_usage(tmp_path)._replace(free=100)
   monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)

@@ -223,6 +223,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(settings, tmp_path):
       {"coordinator": "here", "num_processes": 2, "process_id": 0},
       "coordinator is 'here'; give the host",
     ),
+    ({"fake_devices": 10**8}, "fake_devices is 100000000; .* in 1..4096"),
   ],
   ids=str,
 )
