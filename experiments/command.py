@@ -42,7 +42,6 @@ REFUSED, DIVERGED, STORAGE = 1, 3, 4
 _CODES = {
   report.DivergedError: DIVERGED,
   checkpoint.WriteError: STORAGE,
-  storage.StorageError: STORAGE,
   hosts.LostError: hosts.LOST,
 }  # and watchdog.STALLED
 # How the library begins when a config file raises; a traceback follows.
@@ -122,13 +121,14 @@ def line() -> str:
 
 def fail(error: Exception) -> typing.NoReturn:
   """Prints an error in one line and exits with the code of its class."""
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  text = storage.said(error) if isinstance(error, OSError) else str(error)
+  print(f"error: {' '.join(text.split())}", file=sys.stderr)
   hosts.leave(_code(error))
 
 
 def _code(error: Exception) -> int:
   """What the end of the process says of an error."""
-  if isinstance(error, OSError) and error.errno in storage.FAILURES:
+  if isinstance(error, OSError) and storage.failed(error):
     return STORAGE
   codes = (code for kind, code in _CODES.items() if isinstance(error, kind))
   return next(codes, REFUSED)

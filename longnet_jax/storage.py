@@ -27,14 +27,18 @@ _SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
 # A disk that is full, at its quota or limit, broken or read-only, or gone.
-FAILURES = (
-  errno.ENOSPC,
-  errno.EDQUOT,
-  errno.EFBIG,
-  errno.EIO,
-  errno.EROFS,
-  errno.ESTALE,
-)
+_ADVICE = {
+  errno.ENOSPC: "make room, then start again",
+  errno.EDQUOT: "make room within the quota, then start again",
+  errno.EFBIG: "raise the limit on the size of a file (ulimit -f), then start "
+  "again",
+  errno.EIO: "check the disk, then start again",
+  errno.EROFS: "mount it so that it can be written, then start again",
+  errno.ESTALE: "mount the disk anew, then start again",
+}
+FAILURES = tuple(_ADVICE)
+# Those that only a write can have.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Path = pathlib.Path | epath.Path
 # Of a whole number in JSON: far more than any has, and far from overflowing.
@@ -43,6 +47,10 @@ _MOST_DIGITS = 100
 
 class StorageError(OSError):
   """A bucket or a disk did not answer, or said no."""
+
+
+class NoRoomError(StorageError, checked.RefusedError):
+  """A folder that was given and that a failed disk keeps from being used."""
 
 
 def path(name: str | os.PathLike) -> Path:
@@ -164,6 +172,31 @@ def written_by_library(folder: Path, advice: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def named(where: Path) -> Iterator[None]:
+  """Adds the file to what the system says of a write without naming one."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno in FULL and error.filename is None:
+      error.filename = os.fspath(where)
+    raise
+
+
+def failed(error: OSError) -> bool:
+  """Whether storage failed, rather than that a path was a wrong one."""
+  return isinstance(error, StorageError) or error.errno in FAILURES
+
+
+def said(error: OSError) -> str:
+  """A line on an error of the system, with what to do about a failed disk."""
+  advice = _ADVICE.get(error.errno)
+  if advice is None:
+    return str(error)
+  where = "" if error.filename is None else f"{os.fspath(error.filename)}: "
+  return f"{where}{error.strerror}; {advice}"
+
+
+@contextlib.contextmanager
 def on_this_machine(where: Path) -> Iterator[pathlib.Path]:
   """A file as one of this machine, for readers that need one."""
   if not is_remote(where):
@@ -184,7 +217,7 @@ def write_whole(where: Path, content: str | bytes) -> None:
     return
   temporary = where.with_name(where.name + ".tmp")
   try:
-    with open(temporary, "wb") as file:
+    with named(where), open(temporary, "wb") as file:
       file.write(data)
       file.flush()
       os.fsync(file.fileno())
@@ -219,7 +252,7 @@ def check_writable(folder: Path) -> None:
     folder = folder.parent
   if not folder.is_dir():
     raise NotADirectoryError(20, "it is a file", str(folder))
-  with tempfile.TemporaryFile(dir=folder) as probe:
+  with named(folder), tempfile.TemporaryFile(dir=folder) as probe:
     probe.write(bytes(4096))
 
 

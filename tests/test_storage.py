@@ -34,6 +34,18 @@ def test_local_paths(tmp_path, monkeypatch):
   assert storage.absolute("run") == pathlib.Path.cwd() / "run"
 
 
+def test_a_full_disk_names_the_file_and_what_to_do(tmp_path):
+  (tmp_path / "file.tmp").symlink_to("/dev/full")
+  with pytest.raises(OSError) as caught:
+    storage.write_whole(tmp_path / "file", "new")
+  assert storage.said(caught.value) == (
+    f"{tmp_path}/file: No space left on device; make room, then start again"
+  )
+  assert storage.failed(caught.value)
+  error = FileNotFoundError(2, "No such file", "x")
+  assert storage.said(error) == str(error) and not storage.failed(error)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "file"
   path.write_text("old")

@@ -40,7 +40,8 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = open(path.with_name(path.name + ".lock"), "w")
   except OSError as error:
-    raise OSError(
+    kind = storage.StorageError if storage.failed(error) else OSError
+    raise kind(
       f"cannot write below {str(path.parent)!r} ({error.strerror}); set "
       "data_dir or cache_dir to a folder that can be written"
     ) from error
@@ -58,7 +59,7 @@ def build_once(path: pathlib.Path, build: Callable[[pathlib.Path], None]):
   """
   if _damage(path) is None:
     return
-  with locked(path):
+  with locked(path), storage.named(path):
     if _damage(path) is None:  # another process held the lock and built it
       return
     _discard(path)
@@ -67,12 +68,12 @@ def build_once(path: pathlib.Path, build: Callable[[pathlib.Path], None]):
         return
       _discard(path)
     partial = path.with_name(path.name + ".partial")
-    partial.mkdir()
     try:
+      partial.mkdir()
       build(partial)
       _seal(partial)
     except BaseException:
-      shutil.rmtree(partial)
+      shutil.rmtree(partial, ignore_errors=True)
       raise
     os.rename(partial, path)
     _sync(path.parent)

@@ -1,6 +1,7 @@
 """The tokens of a split in one memory-mapped file."""
 
 import hashlib
+import io
 import pathlib
 from typing import NamedTuple
 
@@ -52,7 +53,9 @@ def open_corpus(
         f"split {split!r} of {documents.name} is empty; choose a larger "
         f"{split}_fraction or more documents"
       )
-    np.save(folder / "starts.npy", np.array(starts, np.int64))
+    content = io.BytesIO()  # as NumPy does not say why it cannot write
+    np.save(content, np.array(starts, np.int64))
+    (folder / "starts.npy").write_bytes(content.getvalue())
 
   path = cache.token_root(config) / fingerprint
   cache.build_once(path, build)

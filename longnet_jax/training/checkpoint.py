@@ -153,7 +153,7 @@ class Checkpoints:
       if not self._knows_results:
         self._manager.reload()
         self._knows_results = True
-      check_space(self.folder, state)
+      _check_space(self.folder, state)
       self._manager.save(
         step, args=ocp.args.Composite(**items), metrics=validation
       )
@@ -166,6 +166,7 @@ class Checkpoints:
     """Writes parameters that were not trained here, as step 0."""
     items = orbax_items.to_save(0, {"params": params}, records, None)
     with self._writing():
+      _check_space(self.folder, params)
       self._manager.save(0, args=ocp.args.Composite(**items))
     self.wait()
 
@@ -337,7 +338,18 @@ def load_checkpoint(
   return MODEL_KEYS[key].from_dict(config[key]), params
 
 
-def check_space(where: storage.Path, tree) -> None:
+def check_space(workdir, tree) -> None:
+  """Raises WriteError where the disk may not hold a checkpoint of a tree."""
+  where = folder(workdir)
+  with checkpoint_error.explained(
+    f"cannot write into {where}",
+    "make room or choose another workdir, then start again",
+    kind=WriteError,
+  ):
+    _check_space(where, tree)
+
+
+def _check_space(where: storage.Path, tree) -> None:
   """Raises OSError where the disk may not hold the arrays of a tree.
 
   Twice their bytes: orbax writes shares of a process and then joins them. A

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from longnet_jax import checked
+from longnet_jax import checked, storage
 
 # What storage says -> what has happened.
 _CAUSES = {
@@ -35,6 +35,8 @@ def explained(problem: str, advice: str = "", kind=CheckpointError):
     causes = (cause for said, cause in _CAUSES.items() if said in text)
     reason = next(causes, _short(text))
     line = f"{problem}: {reason}"
+    if isinstance(error, OSError) and error.errno in storage.FULL:
+      kind = WriteError
     raise kind(f"{line}; {advice}" if advice else line) from error
 
 

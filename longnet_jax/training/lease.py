@@ -17,6 +17,8 @@ import socket
 import threading
 import time
 
+import numpy as np
+
 from longnet_jax import checked, storage
 from longnet_jax.parallel import hosts
 
@@ -33,7 +35,7 @@ def hold(workdir, *, beat: float = _BEAT) -> Iterator[Callable[[], None]]:
   process, that says who has it and since when.
   """
   with contextlib.ExitStack() as stack:
-    check, problem = lambda: None, ""
+    check, problem, failed = lambda: None, "", False
     if hosts.is_first():
       folder = storage.path(workdir)
       try:
@@ -41,9 +43,13 @@ def hold(workdir, *, beat: float = _BEAT) -> Iterator[Callable[[], None]]:
         check = stack.enter_context(_own(folder, beat))
       except (ValueError, OSError) as error:
         problem = str(error) or type(error).__name__
+        if isinstance(error, OSError):
+          problem = storage.said(error)
+          failed = storage.failed(error)
     problem = hosts.text_of_first(problem)
     if problem:
-      raise checked.RefusedError(problem)
+      failed = hosts.gather(np.int32(failed))[0]
+      raise (storage.NoRoomError if failed else checked.RefusedError)(problem)
     yield check
 
 
@@ -65,9 +71,10 @@ def _own(folder, beat):
       with _counted(path, beat) as check:
         yield check
       return
-    file.truncate(0)
-    file.write(json.dumps(_me()) + "\n")
-    file.flush()
+    with storage.named(path):
+      file.truncate(0)
+      file.write(json.dumps(_me()) + "\n")
+      file.flush()
     yield lambda: None
 
 

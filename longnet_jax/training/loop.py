@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 
-from longnet_jax import checked, storage
+from longnet_jax import checked
 from longnet_jax.data import pipeline
 from longnet_jax.parallel import hosts, sharding
 from longnet_jax.training import attempts as attempts_lib
@@ -74,7 +74,7 @@ def train(
   )
   if origin:
     origin.check(run.abstract_state.params)
-  checkpoint.check_space(storage.absolute(workdir), run.abstract_state)
+  checkpoint.check_space(workdir, run.abstract_state)
   hosts.check_equal(
     {"config": workdir_lib.comparable(settings), **run.fingerprints}
   )

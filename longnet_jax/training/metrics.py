@@ -75,11 +75,13 @@ class _File:
     self._path, self._file = path, path.open("a")
 
   def add(self, line: str) -> None:
-    self._file.write(line)
-    self._file.flush()
+    with storage.named(self._path):
+      self._file.write(line)
+      self._file.flush()
 
   def flush(self) -> None:
-    os.fsync(self._file.fileno())
+    with storage.named(self._path):
+      os.fsync(self._file.fileno())
     # The file may be none that anybody finds: orbax would make a new folder.
     with contextlib.suppress(OSError):
       if os.path.samefile(self._path, self._file.fileno()):
@@ -90,7 +92,8 @@ class _File:
     )
 
   def close(self) -> None:
-    self._file.close()
+    with storage.named(self._path):
+      self._file.close()
 
 
 class _Object:

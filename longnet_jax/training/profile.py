@@ -32,6 +32,11 @@ class Profile:
   def __init__(self, steps: range, workdir):
     self._steps = steps if hosts.is_first() else range(0)
     self._folder = storage.absolute(workdir) / "profile"
+    if self._steps and _is_file(self._folder):
+      raise checked.RefusedError(
+        f"{self._folder} is a file, and a profile goes into a folder of that "
+        "name; move it away"
+      )
     self._temporary = None  # of a trace that goes to a bucket
     self._runs = False
 
@@ -71,7 +76,10 @@ class Profile:
     if not self._runs:
       return
     self._runs = False
-    jax.profiler.stop_trace()
+    advice = "make room, or train without --profile"
+    with storage.named(self._folder):
+      with storage.written_by_library(self._folder, advice):
+        jax.profiler.stop_trace()
     if self._temporary is None:
       return
     with self._temporary as name:
@@ -79,3 +87,7 @@ class Profile:
       for file in storage.files(local):
         remote = self._folder / file.relative_to(local).as_posix()
         storage.write_whole(remote, file.read_bytes())
+
+
+def _is_file(where: storage.Path) -> bool:
+  return not storage.is_remote(where) and where.is_file()

@@ -209,7 +209,9 @@ def _check_writable(folder):
   except storage.StorageError:
     raise
   except OSError as error:
-    raise checked.RefusedError(
+    failed = storage.failed(error)
+    kind = storage.NoRoomError if failed else checked.RefusedError
+    raise kind(
       f"cannot write into {folder} ({error.strerror}); choose a --workdir "
       "that can be written and has space"
     ) from error

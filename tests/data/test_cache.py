@@ -26,6 +26,15 @@ def test_a_failed_build_leaves_nothing(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["thing.lock"]
 
 
+def test_a_full_disk_names_the_folder(tmp_path):
+  def build(folder):
+    with open("/dev/full", "w") as file:
+      file.write("text")
+
+  with pytest.raises(OSError, match="No space left .*thing'"):
+    cache.build_once(tmp_path / "thing", build)
+
+
 def test_what_a_killed_build_left_is_removed(tmp_path):
   (tmp_path / "thing.partial").mkdir()
   (tmp_path / "thing.partial" / "stale").touch()

@@ -10,6 +10,7 @@ from ml_collections import config_flags
 import pytest
 
 from experiments import command
+from longnet_jax import storage
 from longnet_jax.parallel import hosts
 from longnet_jax.training import checkpoint, report
 from longnet_jax.training import config as config_lib
@@ -74,6 +75,8 @@ def test_reads_that_were_given_up_say_nothing():
     (checkpoint.CheckpointError, 1),
     (report.DivergedError, 3),
     (checkpoint.WriteError, 4),
+    (storage.StorageError, 4),
+    (storage.NoRoomError, 4),
     (hosts.LostError, 5),
   ],
 )

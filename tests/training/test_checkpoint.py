@@ -261,6 +261,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
       checkpoints.save(1, _state(1), records=_RECORDS)
   assert not list((tmp_path / "checkpoints").iterdir())
+  with pytest.raises(
+    checkpoint.WriteError, match="needs .* make room or choose"
+  ):
+    checkpoint.check_space(tmp_path, _state(1))
 
 
 def test_a_bucket_that_takes_no_arrays_is_refused(monkeypatch):

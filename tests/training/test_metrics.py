@@ -58,6 +58,16 @@ def test_a_file_that_is_gone_is_said_before_a_save(tmp_path):
       out.flush()
 
 
+def test_a_full_disk_names_the_file(tmp_path):
+  with metrics.Writer(tmp_path, start=0, total=9, stream=io.StringIO()) as out:
+    whole, out._file._file = out._file._file, open("/dev/full", "a")
+    with pytest.raises(OSError, match="No space left .*metrics.jsonl"):
+      out.record(1, {"loss": 2.5})
+    with pytest.raises(OSError, match="No space left .*metrics.jsonl"):
+      out._file.close()
+    out._file._file = whole
+
+
 def test_plain_lines_in_a_file(tmp_path, monkeypatch):
   stream = io.StringIO()
   now = [100.0]

@@ -29,6 +29,13 @@ def test_a_trace_that_is_past_says_so(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_file_in_its_place_is_named_before_a_step(tmp_path):
+  (tmp_path / "profile").touch()
+  profile.Profile(range(0), tmp_path)
+  with pytest.raises(ValueError, match="profile is a file, .* move it away"):
+    profile.Profile(range(1, 2), tmp_path)
+
+
 def test_the_trace_of_a_run_in_a_bucket_is_copied_to_it(tmp_path, monkeypatch):
   written = {}
   monkeypatch.setattr(profile.storage, "is_remote", lambda _: True)

@@ -77,8 +77,11 @@ def test_a_folder_that_refuses_is_named(settings, tmp_path, monkeypatch):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(storage.tempfile, "TemporaryFile", full)
-  with pytest.raises(ValueError, match="cannot write into .*No space left"):
+  with pytest.raises(
+    ValueError, match="cannot write .*No space left"
+  ) as caught:
     workdir.check(tmp_path, settings)
+  assert storage.failed(caught.value)
 
 
 def test_a_file_is_no_workdir(settings, tmp_path):
