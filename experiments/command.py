@@ -72,6 +72,10 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       hosts.leave(130)
+    except MemoryError as error:
+      fail(
+        checked.RefusedError(f"out of memory: {error}; choose smaller sizes")
+      )
     except Exception as error:
       several = jax.distributed.is_initialized()
       if several and hosts.lost_another(error):
@@ -162,14 +166,18 @@ def _explained(arguments: Sequence[str]):
   except flags.Error as error:
     if _IN_CONFIG in str(error):
       _fail_to_load(arguments, _first(error))
-    fail(checked.RefusedError(_legal_value(str(error)) + _setting(error)))
+    message = _cut(_legal_value(str(error)), arguments)
+    fail(checked.RefusedError(message + _setting(error)))
   except (AttributeError, KeyError) as error:
     keys = [a.lstrip("-").partition("=")[0] for a in arguments]
     known = list(config_lib.flatten(_default().to_dict(), "config."))
     for key in keys:
       if key.startswith("config.") and key not in known:
         fail(checked.RefusedError(checked.unknown_key(key, known)))
-    fail(error)
+    fail(checked.RefusedError(_cut(str(error), arguments)))
+  except RecursionError:  # of absl's search for the nearest flag
+    name = max(arguments, key=len)
+    fail(checked.RefusedError(f"there is no flag {checked.cut(name)}"))
   except (OSError, ImportError, SyntaxError, TypeError) as error:
     _fail_to_load(arguments, error)
 
@@ -184,7 +192,8 @@ def _fail_to_load(arguments, error):
     if a.startswith(("--config=", "-config=")) or a in ("--config", "-config")
   ]
   files = " ".join(named) or "that is the default"
-  fail(checked.RefusedError(f"cannot load the config {files}: {reason}"))
+  text = f"cannot load the config {files}: {reason}"
+  fail(checked.RefusedError(_cut(text, arguments)))
 
 
 def _first(error: BaseException) -> BaseException:
@@ -210,6 +219,14 @@ def _legal_value(message: str) -> str:
     if found:
       name, _, value = flag.partition("=")
       return f"{name}={checked.cut(value)}: it must be {legal}"
+  return message
+
+
+def _cut(message: str, arguments: Sequence[str]) -> str:
+  """A message with at most 80 characters of each name and value given."""
+  parts = {p for a in arguments for p in a.lstrip("-").partition("=")}
+  for part in sorted(parts, key=len, reverse=True):
+    message = message.replace(part, checked.cut(part)) if part else message
   return message
 
 
@@ -279,7 +296,7 @@ def define_checkpoint() -> Callable[[], int | str]:
 
 def trained(workdir: flags.FlagHolder):
   """The folder that --workdir names, of a training run, or RefusedError."""
-  if workdir.value is None:
+  if not workdir.value:
     raise checked.RefusedError(
       "--workdir is missing; give the folder of a training run"
     )

@@ -9,6 +9,7 @@ of a JSON file. With --check=FILE.npz the outputs are compared with those in the
 file, and an error above --tolerance is a failure.
 """
 
+import contextlib
 import dataclasses
 import json
 
@@ -55,11 +56,11 @@ def main(arguments) -> None:
       " experiments.import_weights SRC --kind=gigapath --workdir=DIR"
     )
   for flag in (_KIND, _WORKDIR):
-    if flag.value is None:
+    if not flag.value:
       raise checked.RefusedError(f"--{flag.name} is missing")
   workdir = storage.path(_WORKDIR.value)
-  held = ("checkpoints", "config.json")
-  if any(storage.exists(workdir / name) for name in held):
+  is_run = storage.exists(workdir_lib.config_path(workdir))
+  if is_run or checkpoint.exists(workdir):
     raise checked.RefusedError(
       f"{workdir} holds a run already; choose another --workdir"
     )
@@ -77,10 +78,22 @@ def main(arguments) -> None:
   is_decoder = _KIND.value == "torchscale" and keywords.is_decoder(
     keyword_config
   )
-  records = _records(config, workdir) if is_decoder else _model_record(config)
-  with checkpoint.Checkpoints(workdir) as checkpoints:
-    checkpoints.save_params(params, records)
+  checkpoint.check_space(workdir, params)
+  try:
+    records = _records(config, workdir) if is_decoder else _model_record(config)
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+      checkpoints.save_params(params, records)
+  except BaseException:
+    _remove(workdir)
+    raise
   print(f"wrote {workdir}")
+
+
+def _remove(workdir: storage.Path) -> None:
+  """Removes what an import has begun, or the next would find a run here."""
+  for path in (workdir_lib.config_path(workdir), checkpoint.folder(workdir)):
+    with contextlib.suppress(OSError, storage.StorageError):
+      storage.remove(path)
 
 
 def _read(source: storage.Path):

@@ -69,6 +69,8 @@ def main(_) -> int:
     workdir = "runs/quickstart"
     given = "no --workdir" if sys.argv[1:] else "no flags"
     print(f"{given}: {_QUICKSTART} into {workdir}", flush=True)
+  if not workdir:
+    raise checked.RefusedError("--workdir is empty; give one such as runs/NAME")
   config = config_lib.build(_CONFIG.value)
   hosts.start(
     _COORDINATOR.value,

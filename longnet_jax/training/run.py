@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -229,6 +230,27 @@ def _check_sizes(config, tokenizer, mesh):
       "positions; choose a shorter window or model.position='rope'"
     )
   check_mesh(config, mesh)
+  _check_memory(config, mesh)
+
+
+def _check_memory(config, mesh):
+  """Raises where two batches, which are made ahead, exceed this host's memory.
+
+  Allocating them may succeed, and using them end the process without a word.
+  """
+  training, data = config.training, config.data
+  row = sum(
+    leaf.size * leaf.dtype.itemsize
+    for leaf in pipeline.abstract_batch(data, 1).values()
+  )
+  _, hosts = sharding.host_rows(mesh, training.batch_size)
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  most = hosts * memory // (2 * row)
+  if training.batch_size > most:
+    raise checked.RefusedError(
+      f"training.batch_size is {training.batch_size} windows of {data.window}; "
+      f"the memory of this host holds two batches of {most} or less"
+    )
 
 
 def check_mesh(config: config_lib.ExperimentConfig, mesh) -> None:

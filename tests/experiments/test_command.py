@@ -36,6 +36,7 @@ def leaving(monkeypatch):
   [
     lambda _: config_lib.build({"modl": 1}),
     lambda _: pathlib.Path("/nowhere/x").read_text(),
+    lambda _: bytearray(2**62),
   ],
 )
 def test_what_we_or_the_system_refuse_has_no_traceback(
@@ -142,6 +143,10 @@ def test_a_key_is_changed(parse, monkeypatch, tmp_path):
   [
     ("--config.model.num_layers=1.5", "1.5: it must be a whole number"),
     ("--config.model.num_layers=" + "x" * 99, "x" * 77 + "...: it must be a"),
+    ("--config.model.num_layers=1" + "0" * 5000, "s=1" + "0" * 76 + "...: "),
+    ("--" + "x" * 200, "Unknown command line flag '" + "x" * 77 + "...'"),
+    ("--" + "x" * 5000, "there is no flag --" + "x" * 75 + "..."),
+    ("--config=" + "x" * 5000, "config --config=" + "x" * 77 + "...: no such"),
     ("--config.model.dropout_rate=x", "=x: it must be a number such as 0.1"),
     ("--config.model.deepnorm=maybe", "=maybe: it must be True or False"),
     ("--training.init_from=x", "did you mean --config.training.init_from?"),
@@ -161,4 +166,4 @@ def test_flags_that_do_not_parse_are_one_line(parse, capsys, argument, message):
   (line,) = capsys.readouterr().err.splitlines()
   assert caught.value.code == 1
   assert line.startswith("error: ") and message in line
-  assert "Traceback" not in line
+  assert "Traceback" not in line and len(line) < 400

@@ -12,6 +12,7 @@ import longnet_jax
 from longnet_jax.interop import keywords, torchscale
 from longnet_jax.models import config as model_config
 from longnet_jax.models import slide_encoder
+from longnet_jax.training import checkpoint
 
 _GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 _GIGAPATH = json.dumps(
@@ -123,6 +124,27 @@ def test_decoder_can_be_evaluated_and_continued(
   # Random weights know nothing: about log2(264) bits a byte.
   assert 7 < result["lengths"][0]["bits_per_byte"] < 10
   assert call("generate", workdir=workdir, prompt="a", max_new_tokens=3)
+
+
+def test_an_import_that_failed_can_be_repeated(call, tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  golden = _GOLDEN / "torchscale_decoder_0.npz"
+  options = dict(kind="torchscale", workdir=workdir)
+
+  def fail(checkpoints, *_):
+    assert (workdir / "config.json").exists()
+    raise KeyError("a defect")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpoints, "save_params", fail)
+    with pytest.raises(KeyError):
+      call("import_weights", golden, **options)
+  assert not list(workdir.iterdir())
+  # As one that was killed leaves it.
+  (workdir / "checkpoints" / "0.orbax-checkpoint-tmp").mkdir(parents=True)
+  assert f"wrote {workdir}" in call("import_weights", golden, **options)
+  message = call("import_weights", golden, **options, fails=True)
+  assert "holds a run already" in message
 
 
 def test_a_wrong_model_is_not_written(call, tmp_path):

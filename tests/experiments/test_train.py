@@ -43,6 +43,7 @@ def test_refusals_are_one_line_and_leave_nothing(config_file, run, tmp_path):
     (["--config.model.num_layers=4.5"], "4.5"),
     (["--config.model.segment_lengths=(8, 2.5)"], "segment_lengths[1] is 2.5"),
     (["--config.data.folder=/nowhere"], "/nowhere"),
+    (["--workdir="], "--workdir is empty; give one such as runs/NAME"),
     ([f"--workdir={read_only}/run"], "is a file; choose a folder"),
   ]
   for flags, text in cases:

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from longnet_jax import storage
 from longnet_jax.training import lease
 
 _BEAT = 0.05
@@ -69,3 +70,16 @@ def test_an_owner_that_froze_finds_out(counted, tmp_path):
         break
     else:
       pytest.fail("the owner has not noticed")
+
+
+def test_a_full_disk_is_no_owner(tmp_path, monkeypatch):
+  def fail():
+    raise OSError(lease.errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(lease, "_me", fail)
+  with pytest.raises(
+    ValueError, match="owner.json: No space .*; make"
+  ) as error:
+    with lease.hold(tmp_path):
+      pass
+  assert isinstance(error.value, storage.StorageError)

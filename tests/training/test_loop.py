@@ -375,6 +375,10 @@ def test_signals_are_given_back():
     ({"mesh__data": 16}, "needs 16 devices and there are 8"),
     ({"mesh__data": 8}, "mesh.data is 8 and must divide the 4 rows"),
     ({"mesh__model": 4}, "mesh.model is 4 and must divide the 2 heads"),
+    (
+      {"training__batch_size": 2**31 - 1},
+      "batch_size is 2147483647 windows of",
+    ),
     ({"data__window": 80_000}, "data.window is 80000 and position='xpos'"),
     ({"data__folder": "/nowhere"}, "/nowhere"),
   ],
