@@ -59,8 +59,7 @@ def main(arguments) -> None:
     if not flag.value:
       raise checked.RefusedError(f"--{flag.name} is missing")
   workdir = storage.path(_WORKDIR.value)
-  is_run = storage.exists(workdir_lib.config_path(workdir))
-  if is_run or checkpoint.exists(workdir):
+  if _is_held(workdir):
     raise checked.RefusedError(
       f"{workdir} holds a run already; choose another --workdir"
     )
@@ -87,6 +86,16 @@ def main(arguments) -> None:
     _remove(workdir)
     raise
   print(f"wrote {workdir}")
+
+
+def _is_held(workdir: storage.Path) -> bool:
+  """Whether there is more than an import leaves that was killed."""
+  folder = checkpoint.folder(workdir)
+  if storage.exists(workdir_lib.config_path(workdir)):
+    return True
+  return storage.is_dir(folder) and not all(
+    path.name.endswith(".orbax-checkpoint-tmp") for path in folder.iterdir()
+  )
 
 
 def _remove(workdir: storage.Path) -> None:

@@ -11,7 +11,7 @@ import tempfile
 
 from experiments.faults import child, sandbox, trial
 
-_CODES = (1, 4)  # refused before the start; storage failed
+_CODES = (4,)
 _ROOMY = "size=64m"
 
 
