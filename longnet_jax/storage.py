@@ -182,6 +182,14 @@ def named(where: Path) -> Iterator[None]:
     raise
 
 
+def gone(where: Path) -> StorageError:
+  """What to say of a run's file that is no longer where it was."""
+  return StorageError(
+    f"{where} was removed or replaced during the run; if its workdir was "
+    "moved, start again there: it goes on from the last checkpoint"
+  )
+
+
 def failed(error: OSError) -> bool:
   """Whether storage failed, rather than that a path was a wrong one."""
   return isinstance(error, StorageError) or error.errno in FAILURES

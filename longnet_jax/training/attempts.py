@@ -54,7 +54,10 @@ class Attempts:
   def write(self) -> None:
     """Puts what has passed on record, for the starts that follow."""
     self._all[-1]["seconds"] = time.monotonic() - self._began
-    storage.write_whole(self._path, json.dumps(self._all, indent=2) + "\n")
+    try:
+      storage.write_whole(self._path, json.dumps(self._all, indent=2) + "\n")
+    except FileNotFoundError as error:
+      raise storage.gone(self._path) from error
 
 
 def _read(path) -> list[dict]:

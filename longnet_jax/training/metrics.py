@@ -86,10 +86,7 @@ class _File:
     with contextlib.suppress(OSError):
       if os.path.samefile(self._path, self._file.fileno()):
         return
-    raise storage.StorageError(
-      f"{self._path} was removed or replaced during the run; if its workdir "
-      "was moved, start again there: it goes on from the last checkpoint"
-    )
+    raise storage.gone(self._path)
 
   def close(self) -> None:
     with storage.named(self._path):

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from longnet_jax import storage
 from longnet_jax.training import attempts, metrics
 
 
@@ -57,6 +58,15 @@ def test_a_start_that_never_came_to_a_record_counts(tmp_path, clock):
   assert third.values()["goodput"] == 0
   entries = json.loads(attempts.attempts_path(tmp_path).read_text())
   assert [entry["seconds"] for entry in entries] == [60, 0, 20]
+
+
+def test_a_workdir_that_is_gone_is_a_failure_of_storage(tmp_path):
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  started = attempts.Attempts(workdir, 0.0)
+  workdir.rename(tmp_path / "moved")
+  with pytest.raises(storage.StorageError, match="attempts.json was removed"):
+    started.write()
 
 
 @pytest.mark.parametrize(
