@@ -59,6 +59,7 @@ def _is_record(found) -> bool:
   return (
     isinstance(found, dict)
     and type(found.get("step")) is int
+    and 0 <= found["step"] < 2**31
     and all(
       type(value) is str if name.endswith("_host") else type(value) in _NUMBERS
       for name, value in found.items()

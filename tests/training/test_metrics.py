@@ -34,6 +34,7 @@ def test_records_past_the_restored_step_and_torn_lines_go(tmp_path):
       b'{"step": 1, "step_seconds": %s}' % s for s in (b"NaN", b"-1", b"1e999")
     ),
     b'{"step": 1, "loss": 1%s}' % (b"0" * 400),
+    *(b'{"step": 4294967296}', b'{"step": -1}'),
     *(b'{"step": 1, "loss": "1"}', b'{"step": 1, "slowest_host": 1}'),
   ],
 )
