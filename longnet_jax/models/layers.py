@@ -6,7 +6,7 @@ from typing import NamedTuple
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import gelu
@@ -21,8 +21,8 @@ class Normalized(NamedTuple):
   """
 
   rows: Array
-  scale: Array
-  bias: Array
+  scale: ArrayLike
+  bias: ArrayLike
 
 
 class Linear(nn.Module):
@@ -45,16 +45,18 @@ class Linear(nn.Module):
   def weights(
     self,
     inputs: tuple[int, ...],
-    scale: Array | None = None,
-    shift: Array | None = None,
-  ) -> tuple[Array, Array]:
+    scale: ArrayLike | None = None,
+    shift: ArrayLike | None = None,
+  ) -> tuple[ArrayLike, ArrayLike]:
     """Returns W and b for `multiply`, of scale * x + shift where these are."""
     kernel = self.param("kernel", self._draw, inputs + self.outputs)
     zeros = nn.initializers.zeros_init()
     bias = self.param("bias", zeros, self.outputs, jnp.float32)
     if scale is not None:
-      bias += jnp.tensordot(shift, kernel, self.axes, precision="highest")
-      kernel *= scale.reshape(inputs + (1,) * len(self.outputs))
+      # Not in place: parameters may be those of a caller's NumPy arrays.
+      moved = jnp.tensordot(shift, kernel, self.axes, precision="highest")
+      bias = bias + moved
+      kernel = kernel * scale.reshape(inputs + (1,) * len(self.outputs))
     return kernel, bias
 
   def _draw(self, key, shape):
@@ -63,7 +65,7 @@ class Linear(nn.Module):
     return xavier(key, sides, jnp.float32).reshape(shape)
 
 
-def multiply(rows: Array, kernel: Array, bias: Array) -> Array:
+def multiply(rows: Array, kernel: ArrayLike, bias: ArrayLike) -> Array:
   """Returns rows W + b, of the dtype of the rows."""
   kernel, bias = kernel.astype(rows.dtype), bias.astype(rows.dtype)
   y = jnp.tensordot(rows, kernel, kernel.ndim - bias.ndim)

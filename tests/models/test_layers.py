@@ -103,8 +103,11 @@ def test_a_linear_map_takes_over_scale_and_bias(dtype, mean):
       {"params": {"kernel": kernel, "bias": added}}, normalized
     )
 
-  parameters = [jnp.asarray(a, jnp.float32) for a in arrays[1:-1]]
-  found, pull = jax.vjp(apply, x, *parameters)
+  parameters = [a.astype(np.float32) for a in arrays[1:-1]]
+  before = [a.copy() for a in parameters]
+  apply(x, *parameters)
+  jax.tree.map(np.testing.assert_array_equal, parameters, before)
+  found, pull = jax.vjp(apply, x, *map(jnp.asarray, parameters))
   assert found.dtype == x.dtype
   near = 1e-5 if dtype == "float32" else 2**-6
   for a, b in zip((found, *pull(dy)), (y, *gradients), strict=True):

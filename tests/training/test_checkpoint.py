@@ -246,7 +246,7 @@ def test_where_no_checkpoints_can_lie_is_named(tmp_path):
   (tmp_path / "checkpoints").touch()
   for workdir, message in (
     (tmp_path, "checkpoints is a file; move it away or choose another"),
-    (tmp_path / "\udcff", "udcff': arrays go to folders whose names are UTF-8"),
+    (tmp_path / "\udcff", "arrays go to folders whose names are UTF-8"),
   ):
     with pytest.raises(checkpoint.CheckpointError, match=message):
       checkpoint.folder(workdir)
