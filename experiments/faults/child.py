@@ -54,6 +54,8 @@ def train(
   for stream, path in ((1, out), (2, err)):
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, stream)
+  # A flag that was changed at random may name a folder here.
+  os.chdir(os.path.dirname(out))
   keep_compiled(compiled)
   for phase, (owner, name) in _BEGINS.items():
     function = getattr(owner, name)

@@ -101,8 +101,13 @@ class LayerNorm(nn.Module):
     return _before_linear(x, self.scale, self.bias, self.epsilon)
 
 
+def _folds(dtype):
+  """Whether linear maps take over scale and bias, which float32 would show."""
+  return dtype == jnp.bfloat16
+
+
 def _before_linear(x, scale, bias, epsilon):
-  if x.dtype != jnp.bfloat16:
+  if not _folds(x.dtype):
     return _normalize(x, scale, bias, epsilon)
   rows = _standardize(x, tuple(range(-scale.ndim, 0)), epsilon)
   return Normalized(rows, scale, bias)
@@ -160,7 +165,7 @@ class FeedForward(nn.Module):
     if config.sub_layernorm:
       norm = LayerNorm(hidden, epsilon, name="norm")
       inner = norm.scale, norm.bias
-    folded = inner if dtype == jnp.bfloat16 else ()
+    folded = inner if _folds(dtype) else ()
     fc1 = Linear(hidden, gain=gain, name="fc1").weights(width, *affine)
     fc2 = Linear(width, gain=gain, name="fc2").weights(hidden, *folded)
 

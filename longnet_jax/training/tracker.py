@@ -6,6 +6,9 @@ import sys
 
 from longnet_jax import checked
 
+# What a user's code may raise; sys.exit would end a run as if it was done.
+_FAULTS = (Exception, SystemExit)
+
 
 def load(name: str) -> Callable:
   """The function that "module:function" names."""
@@ -15,9 +18,7 @@ def load(name: str) -> Callable:
     checked.refuse("tracker", name, "module:function such as my_runs:track")
   try:
     found = getattr(importlib.import_module(module), function)
-  except KeyboardInterrupt:
-    raise
-  except BaseException as error:  # what a user's module does can raise anything
+  except _FAULTS as error:
     raise checked.RefusedError(
       f"tracker {name}: {_said(error)}; {advice}"
     ) from error
@@ -37,9 +38,7 @@ class Tracker:
     self._name = name
     try:
       self._track = function(settings, str(workdir))
-    except KeyboardInterrupt:
-      raise
-    except BaseException as error:
+    except _FAULTS as error:
       raise checked.RefusedError(f"tracker {name}: {_said(error)}") from error
     if not callable(self._track):
       raise checked.RefusedError(
@@ -51,9 +50,7 @@ class Tracker:
     """Calls it."""
     try:
       self._track(step, values)
-    except KeyboardInterrupt:
-      raise
-    except BaseException as error:  # sys.exit would end a run as if it was done
+    except _FAULTS as error:
       print(
         f"tracker {self._name} failed at step {step}: {_said(error)}",
         file=sys.stderr,
