@@ -142,8 +142,8 @@ def computed_flops(config, length: int) -> int:
 
   Beside those of `train_flops`, scores are computed a second time backward, and
   with remat="full" or "offload" all that a block computes forward; with "dots"
-  the first half of its feed-forward layer. The second product of logits on TPU,
-  see `training.loss`, is not counted.
+  the first half of its feed-forward layer. The narrow product that adds up a
+  softmax on TPU, see `training.loss`, is not counted.
 
   Args:
     config: a `LongNetConfig`.

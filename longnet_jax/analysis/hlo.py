@@ -14,6 +14,9 @@ _CALLED = re.compile(
 )
 _LISTED = re.compile(r"(?:called_computations|branch_computations)=\{([^}]*)\}")
 
+# A jax.named_scope around the branch of a conditional that hardly ever runs.
+RARELY = "rarely"
+
 
 class Line(NamedTuple):
   """One instruction of a program.
@@ -32,7 +35,8 @@ class Program(NamedTuple):
   """The instructions that one call runs, loops multiplied out.
 
   lines: each once; fusions and what they call are one line, but for links of
-    a chain: a collective that runs beside several fusions.
+    a chain, a collective that runs beside several fusions, and for a
+    reduce-scatter.
   unknown_loops: loops of which only run time knows how often they turn; they
     count once.
   """
@@ -45,7 +49,8 @@ def read(text: str) -> Program:
   """Returns the program of `compiled.as_text()`.
 
   Of the branches of a conditional that with the most estimated cycles counts,
-  or the longest where there are none.
+  or the longest where there are none; one with a line in the scope `RARELY`
+  only beside others of its kind.
   """
   bodies, entry = computations(text)
   unknown = []
@@ -98,12 +103,22 @@ def _walk(computations, name, times, unknown) -> Iterator[Line]:
     else:
       yield Line(text, kind, times)
       if kind == "fusion":
-        called = (x for name in _called(text) for x in computations[name])
-        links = (x for x in called if "chain_id=" in x)
-        yield from (Line(x, _KIND.search(x)[1], times) for x in links)
+        for name in _called(text):
+          yield from _sent(text, name, computations[name], times)
       elif kind in ("call", "async-start"):
         for called in _called(text):
           yield from _walk(computations, called, times, unknown)
+
+
+def _sent(fusion, name, called, times):
+  """Yields the collectives inside of a fusion, which calls `name`."""
+  for text in called:
+    if "chain_id=" in text:
+      yield Line(text, _KIND.search(text)[1], times)
+    elif name.startswith("all-reduce-scatter") and " all-reduce(" in text:
+      # So the TPU compiler writes a reduce-scatter: of the sum its own part.
+      shape, rest = fusion.split(" fusion(")[0], text.split(" all-reduce(")[1]
+      yield Line(f"{shape} reduce-scatter({rest}", "reduce-scatter", times)
 
 
 def _called(text):
@@ -124,4 +139,5 @@ def _trips(text, computations):
 
 
 def _weight(lines):
-  return cycles(Program(lines, 0)), len(lines)
+  often = not any(f"/{RARELY}/" in line.text for line in lines)
+  return often, cycles(Program(lines, 0)), len(lines)

@@ -17,6 +17,7 @@ from longnet_jax.analysis import topology as topology_lib
 from longnet_jax.estimate import links, memory, seconds
 from longnet_jax.estimate import rows as rows_lib
 from longnet_jax.models import transformer
+from longnet_jax.ops import kernels
 from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import optimizer as optimizer_lib
@@ -39,7 +40,9 @@ def make(config: config_lib.ExperimentConfig, topology: str) -> plan.Plan:
     )
   # Neither changes a shape.
   model = dataclasses.replace(config.model, remat="none", ffn_chunk=0)
-  state = run_lib.with_shardings(_state(model, config.optimizer), mesh)
+  state = _state(model, config.optimizer)
+  with kernels.compiling_for(found.platform):
+    state = run_lib.with_shardings(state, mesh)
   return _describe(config, found, mesh, state)
 
 

@@ -35,7 +35,7 @@ def received(
   total = collections.Counter()
   found = (
     *_of_attention(config, mesh, rows),
-    *_of_parameters(config, mesh, rows, params),
+    *_of_parameters(config, platform, mesh, rows, params),
     *_of_heads(config, mesh, rows),
   )
   for kind, itemsize, group, share, size in found:
@@ -83,7 +83,7 @@ def _of_attention(config, mesh, rows):
     yield "reduce-scatter", WIDE, *where, size * WIDE // rows.itemsize
 
 
-def _of_parameters(config, mesh, rows, params):
+def _of_parameters(config, platform, mesh, rows, params):
   """Yields what gathers of parameters and sums of gradients bring."""
   devices = mesh.shape["data"] * mesh.shape["seq"]
   if devices == 1:
@@ -91,23 +91,34 @@ def _of_parameters(config, mesh, rows, params):
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = sharding.path_name(path)
     local = leaf.sharding.shard_shape(leaf.shape)
-    is_split = any(isinstance(axes, tuple) for axes in leaf.sharding.spec)
-    whole = math.prod(local) * (devices if is_split else 1)
-    size = whole * (devices - 1) / devices
+    parts = _parts(leaf.sharding.spec, mesh)
+    shared = math.prod(local)
     in_block = name.startswith("layers/")
-    # The loss, lookups and chunks add up in float32.
-    is_exact = not in_block or (config.model.ffn_chunk and "/ffn/" in name)
+    # The loss, lookups and chunks add up in float32, and on TPU all does.
+    is_chunked = config.model.ffn_chunk and "/ffn/" in name
+    is_exact = platform == "tpu" or not in_block or is_chunked
     itemsize = WIDE if is_exact else rows.itemsize
-    if is_split:
+    if parts > 1:
       share = next(
-        n for n, m in zip(local, leaf.shape, strict=True) if n * devices == m
+        n for n, m in zip(local, leaf.shape, strict=True) if n * parts == m
       )
-      gathered = 2 * size * rows.itemsize
-      yield "all-gather", rows.itemsize, devices, share, gathered
-      yield "reduce-scatter", itemsize, devices, share, size * itemsize
-    else:
+      others = shared * (parts - 1)
+      gathered = 2 * others * rows.itemsize
+      yield "all-gather", rows.itemsize, parts, share, gathered
+      yield "reduce-scatter", itemsize, parts, share, others * itemsize
+    if same := devices // parts - 1:
       times = 1 + (config.model.tie_embeddings and name == "embedding")
-      yield "all-reduce", itemsize, devices, 0, 2 * times * size * itemsize
+      size = 2 * times * shared * itemsize * same / (same + 1)
+      yield "all-reduce", itemsize, same + 1, 0, size
+
+
+def _parts(spec, mesh):
+  """Returns over how many devices a parameter is split but for the model's."""
+  found = 1
+  for axes in spec:
+    for name in axes if isinstance(axes, tuple) else (axes,):
+      found *= mesh.shape[name] if name in ("data", "seq") else 1
+  return found
 
 
 def _of_heads(config, mesh, rows):

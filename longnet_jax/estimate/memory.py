@@ -85,8 +85,8 @@ def _feed_forward(config, rows):
 def _attention(rows):
   """Returns bytes a row: gradients of q, k, v add up in float32."""
   added = (rows.queries + 2 * rows.keys) * WIDE
-  # x, its norm, and the gradients of it and of what was attended.
-  stream = (3 * rows.width + rows.queries) * rows.itemsize
+  # The norm of x, and the gradients of x and of what was attended.
+  stream = (2 * rows.width + rows.queries) * rows.itemsize
   # q, k, v, out and its gradient, of the rows that branches select.
   selected = (3 * rows.queries + 2 * rows.keys) * rows.itemsize + added
   share = sum(1 / r for _, r in rows.branches if r > 1)

@@ -15,6 +15,7 @@ from longnet_jax.ops import (
   kernels,
   rotary,
   sparse_attention,
+  tpu,
 )
 from longnet_jax.parallel import sequence
 
@@ -102,13 +103,16 @@ def make_rotation(
     both=kernels.platform() == "tpu",
   )
   if config.position == "rope":
-    return rotary.rope(positions, **sizes)
-  return rotary.xpos(
-    positions,
-    scale_base=config.xpos_scale_base,
-    centre=config.max_positions // 2,
-    **sizes,
-  )
+    rotation = rotary.rope(positions, **sizes)
+  else:
+    rotation = rotary.xpos(
+      positions,
+      scale_base=config.xpos_scale_base,
+      centre=config.max_positions // 2,
+      **sizes,
+    )
+  # Or XLA makes them again in each layer.
+  return tpu.written_once(rotation)
 
 
 class MultiHeadAttention(nn.Module):
@@ -139,12 +143,12 @@ class MultiHeadAttention(nn.Module):
     if rotation is not None:
       query = rotary.rotate_query(query, rotation)
       key = rotary.rotate_key(key, rotation)
-    return tuple(map(_named, (query, key, value)))
+    return tpu.written_once(tuple(map(_named, (query, key, value))))
 
   def output(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     """Returns the update of the residual stream."""
     if self.config.sub_layernorm:
-      attended = self.norm.before_linear(attended)
+      attended = self.norm.before_linear(attended, keep=False)
     return _named(self.out(attended))
 
 

@@ -1,16 +1,21 @@
 """What every block is built of: linear maps, LayerNorm, feed-forward, drops."""
 
+import functools
 import math
 from typing import NamedTuple
 
 from flax import linen as nn
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import gelu
-from longnet_jax.ops import chunks
+from longnet_jax.ops import chunks, kernels, tpu
+
+# Names what a LayerNorm found, for policies that keep it.
+NORMALIZED = "longnet_normalized"
 
 
 class Normalized(NamedTuple):
@@ -67,9 +72,34 @@ class Linear(nn.Module):
 
 def multiply(rows: Array, kernel: ArrayLike, bias: ArrayLike) -> Array:
   """Returns rows W + b, of the dtype of the rows."""
-  kernel, bias = kernel.astype(rows.dtype), bias.astype(rows.dtype)
-  y = jnp.tensordot(rows, kernel, kernel.ndim - bias.ndim)
-  return y + _align(bias, y)
+  axes = kernel.ndim - bias.ndim
+  if kernels.platform() == "tpu" and rows.dtype == jnp.bfloat16:
+    y = _product(rows, kernel, axes)
+    return (y.astype(bias.dtype) + _align(bias, y)).astype(y.dtype)
+  y = jnp.tensordot(rows, kernel.astype(rows.dtype), axes)
+  return y + _align(bias.astype(rows.dtype), y)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product(rows, kernel, axes):
+  """Returns rows W, bfloat16 but for the gradient of W.
+
+  Where devices add up what their rows say of W, they do so in float32.
+  """
+  # Or XLA casts each number of W for each tile of rows.
+  kernel = tpu.written_once(kernel.astype(rows.dtype))
+  return jnp.tensordot(rows, kernel, axes)
+
+
+@_product.defjvp
+def _product_jvp(axes, primals, tangents):
+  rows, kernel = primals
+  drows, dkernel = tangents
+  y = _product(rows, kernel, axes)
+  dy = _product(drows, kernel, axes)
+  # A TPU multiplies these as the bfloat16 that they are, into float32.
+  dy += jnp.tensordot(rows.astype(jnp.float32), dkernel, axes).astype(y.dtype)
+  return y, dy
 
 
 class LayerNorm(nn.Module):
@@ -96,9 +126,12 @@ class LayerNorm(nn.Module):
     """Returns the normalized x, of its shape and dtype."""
     return _normalize(x, self.scale, self.bias, self.epsilon)
 
-  def before_linear(self, x: Array) -> Array | Normalized:
-    """Returns the normalized x for a `Linear`, which is faster in bfloat16."""
-    return _before_linear(x, self.scale, self.bias, self.epsilon)
+  def before_linear(self, x: Array, keep: bool = True) -> Array | Normalized:
+    """Returns the normalized x for a `Linear`, which is faster in bfloat16.
+
+    Where x is kept for its own sake, with `keep` false its rows are made again.
+    """
+    return _before_linear(x, self.scale, self.bias, self.epsilon, keep)
 
 
 def _folds(dtype):
@@ -106,10 +139,14 @@ def _folds(dtype):
   return dtype == jnp.bfloat16
 
 
-def _before_linear(x, scale, bias, epsilon):
+def _before_linear(x, scale, bias, epsilon, keep):
   if not _folds(x.dtype):
     return _normalize(x, scale, bias, epsilon)
-  rows = _standardize(x, tuple(range(-scale.ndim, 0)), epsilon)
+  axes = tuple(range(-scale.ndim, 0))
+  if keep:
+    rows = _standardize_stream(x, axes, epsilon)
+  else:
+    rows, _ = _standardize(x, axes, epsilon)
   return Normalized(rows, scale, bias)
 
 
@@ -123,17 +160,44 @@ def _normalize(x, scale, bias, epsilon):
 
 
 def _standardize(x, axes, epsilon):
-  """Returns (x - mean) / sqrt(variance + epsilon) of bfloat16.
+  """Returns (x - mean) / sqrt(variance + epsilon), bfloat16, and 1 / sqrt(..).
 
   The sums are of one pass, variance = E x^2 - (E x)^2. What that loses in
   float32 where the mean is large, bfloat16 has lost before: the numbers of such
   a row are multiples of 2^-8 of it.
   """
   exact = x.astype(jnp.float32)
-  mean = exact.mean(axes, keepdims=True)
-  square = jnp.square(exact).mean(axes, keepdims=True)
+  mean = _kept(exact.mean(axes, keepdims=True))
+  square = _kept(jnp.square(exact).mean(axes, keepdims=True))
   variance = jnp.maximum(square - jnp.square(mean), 0)
-  return ((exact - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+  inverse = jax.lax.rsqrt(variance + epsilon)
+  return ((exact - mean) * inverse).astype(x.dtype), inverse
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _standardize_stream(x, axes, epsilon):
+  """Returns `_standardize` of the residual stream.
+
+  Its gradient is written in terms of the result, which the gradient of a linear
+  map needs anyway: x and the sum that it came from need not be there again.
+  """
+  return _standardize(x, axes, epsilon)[0]
+
+
+@_standardize_stream.defjvp
+def _standardize_stream_jvp(axes, epsilon, primals, tangents):
+  """Returns y and dy = (dx - mean(dx) - y mean(y dx)) / deviation."""
+  y, inverse = _standardize(*primals, axes, epsilon)
+  y = _kept(y)
+  wide, dx = y.astype(jnp.float32), tangents[0].astype(jnp.float32)
+  along = wide * (wide * dx).mean(axes, keepdims=True)
+  dy = (dx - dx.mean(axes, keepdims=True) - along) * inverse
+  return y, dy.astype(y.dtype)
+
+
+def _kept(x):
+  """Names what backward would need a pass over the rows to make again."""
+  return ad_checkpoint.checkpoint_name(x, NORMALIZED)
 
 
 class FeedForward(nn.Module):
@@ -172,7 +236,7 @@ class FeedForward(nn.Module):
     def update(rows):
       x = gelu.gelu(multiply(rows, *fc1))
       if inner:
-        x = _before_linear(x, *inner, epsilon)
+        x = _before_linear(x, *inner, epsilon, keep=False)
       return multiply(x.rows if folded else x, *fc2)
 
     return update

@@ -360,7 +360,7 @@ def _rematerialized(body, config):
   policy = {
     "full": policies.nothing_saveable,
     "dots": policies.save_only_these_names(
-      attention.PROJECTED, mixture.ATTENDED
+      attention.PROJECTED, mixture.ATTENDED, layers.NORMALIZED
     ),
     "offload": policies.save_and_offload_only_these_names(
       names_which_can_be_saved=[],

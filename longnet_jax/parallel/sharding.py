@@ -9,10 +9,14 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from longnet_jax import checked
+from longnet_jax.ops import kernels
 
 # Parameters and moments are split over these axes together: each device keeps
 # a share and gathers a layer's matrices when it needs them.
 _FSDP = ("data", "seq")
+# The least share by platform. A TPU moves 16 rows of bfloat16 at a time: for
+# smaller shares XLA adds up whole matrices that are zero elsewhere.
+_LEAST_SHARE = {"tpu": 16}
 
 # (pattern searched in a parameter's path, spec of its trailing axes). Leading
 # axes, such as the layers that nn.scan stacks, are not split. First match wins.
@@ -42,6 +46,8 @@ def spec_for(path: str, shape: tuple[int, ...], mesh) -> P:
 def shardings_for(abstract, mesh):
   """NamedShardings for a tree of arrays or shapes, found by their paths.
 
+  They suit the platform that is compiled for (`kernels.platform`).
+
   Optimizer moments lie under the same names as their parameters and so land
   beside them; counters and everything without a rule are on every device.
   """
@@ -65,7 +71,7 @@ def place_for_reading(params, mesh):
     if isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices:
       return leaf
     spec = spec_for(path_name(path), leaf.shape, mesh)
-    whole = P(*(None if axes == _FSDP else axes for axes in spec))
+    whole = P(*(axes if axes == "model" else None for axes in spec))
     return jax.device_put(leaf, NamedSharding(mesh, whole))
 
   return jax.tree_util.tree_map_with_path(place, params)
@@ -82,7 +88,11 @@ def cache_shardings(cache, mesh):
 
 
 def fit(spec, shape: tuple[int, ...], mesh) -> P:
-  """`spec` for an array of `shape`; an axis that does not divide is whole."""
+  """`spec` for an array of `shape`; an axis that does not divide is whole.
+
+  Of parameters an axis that would leave too small a share is split over fewer
+  devices, or whole.
+  """
   pairs = zip(shape, spec, strict=False)
   return P(*(_fit(size, names, mesh) for size, names in pairs))
 
@@ -166,8 +176,21 @@ def check_mesh(
 
 
 def _fit(size: int, axes, mesh):
-  """`axes` if their devices divide `size`, else None."""
+  """`axes` if their devices divide `size`, fewer of them, or None."""
   if axes is None:
     return None
+  if axes == _FSDP:
+    least = _LEAST_SHARE.get(kernels.platform(), 1)
+    choices = sorted((axes, *axes), key=lambda x: -_count(x, mesh))
+  else:
+    least, choices = 1, [axes]
+  for names in choices:
+    share, rest = divmod(size, _count(names, mesh))
+    if not rest and share >= least:
+      return names
+  return None
+
+
+def _count(axes, mesh):
   names = axes if isinstance(axes, tuple) else (axes,)
-  return axes if size % math.prod(mesh.shape[a] for a in names) == 0 else None
+  return math.prod(mesh.shape[name] for name in names)

@@ -1,14 +1,22 @@
 """Next-token cross-entropy whose logits are never whole in memory."""
 
 import functools
+import math
 
 import jax
 from jax import Array, lax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from longnet_jax.analysis import hlo
 from longnet_jax.models import transformer
 from longnet_jax.ops import chunks, kernels
+
+# Of `_softmax_from_target`: exp(-this) is 2^-86, the part of a target.
+_BELOW_TARGET = 86 * math.log(2)
+# And the loss up to which a sum of parts and its inverse are in float32.
+_GREATEST_LOSS = 140.0
+_SUBLANES = 8  # the least columns that a TPU multiplies by
 
 
 def cross_entropy(
@@ -66,27 +74,37 @@ def _weighted_sum(features, matrix, targets, weights, chunk):
 
 def _forward(features, matrix, targets, weights, chunk):
   """Returns the sum, and the gradients of it."""
+  run = functools.partial(_run, chunk, features, matrix, targets, weights)
+  if kernels.platform() == "tpu" and features.dtype == jnp.bfloat16:
+    found = run(_softmax_from_target)
+    exact = jax.named_scope(hlo.RARELY)(functools.partial(run, _softmax))
+    is_right = (found[0] < _GREATEST_LOSS).all()  # not so of NaN
+    found = lax.cond(is_right, lambda: found, exact)
+  else:
+    found = run(_softmax)
+  losses, dfeatures, dmatrix = found
+  return jnp.sum(losses * weights), (dfeatures, dmatrix, losses)
+
+
+def _run(chunk, features, matrix, targets, weights, softmax_of):
+  """Returns the losses of all tokens, dfeatures and dmatrix."""
   cut, join = chunks.make_cut(targets.shape[1], chunk)
-  on_tpu = kernels.platform() == "tpu" and features.dtype == jnp.bfloat16
-  softmax_of = _softmax_of_two_products if on_tpu else _softmax
 
   def one_chunk(dmatrix, piece):
     x, y, weight = piece
-    softmax, lse, chosen = softmax_of(x, y, matrix)
+    softmax, losses = softmax_of(x, y, matrix)
     hot = jax.nn.one_hot(y, softmax.shape[-1], dtype=softmax.dtype)
     dlogits = ((softmax - hot) * weight[..., None]).astype(x.dtype)
     dx = jnp.einsum("btv,dv->btd", dlogits, matrix.astype(x.dtype))
     dmatrix += jnp.einsum(
       "btd,btv->dv", x, dlogits, preferred_element_type=jnp.float32
     )
-    return dmatrix, (lse - chosen, dx)
+    return dmatrix, (losses, dx)
 
   pieces = tuple(map(cut, (features, targets, weights)))
   zero = jnp.zeros(matrix.shape, jnp.float32)
   dmatrix, (losses, dfeatures) = lax.scan(one_chunk, zero, pieces)
-  losses = join(losses)
-  residuals = join(dfeatures), dmatrix.astype(matrix.dtype), losses
-  return jnp.sum(losses * weights), residuals
+  return join(losses), join(dfeatures), dmatrix.astype(matrix.dtype)
 
 
 def _backward(chunk, residuals, scale):
@@ -99,27 +117,38 @@ _weighted_sum.defvjp(_forward, _backward)
 
 
 def _softmax(features, targets, matrix):
-  """Returns softmax(logits), logsumexp and the targets' logits, float32."""
+  """Returns softmax(logits) and the losses, float32."""
   logits, lse, chosen = _logits(features, targets, matrix)
-  return jnp.exp(logits - lse[..., None]), lse, chosen
+  return jnp.exp(logits - lse[..., None]), lse - chosen
 
 
-def _softmax_of_two_products(features, targets, matrix):
-  """Returns what `_softmax` does, its first rounded to bfloat16.
+def _softmax_from_target(features, targets, matrix):
+  """Returns what `_softmax` does, but for rounding, of bfloat16.
 
-  A TPU is sooner done with a second product than with logits in float32 that go
-  to memory and come back: the maximum is taken where the first one ends, and
-  the exponential where the second one does.
+  exp(logits - shift) needs no second pass over the logits to find their maximum
+  if the shift is known before: the target's logit is, from one column. Parts of
+  the softmax then begin at 2^-86, which bfloat16 holds exactly, and those that
+  are lost below are 1e-12 of it. Of losses above `_GREATEST_LOSS` it knows no
+  more than that they are.
+
+  A TPU writes the parts as the product ends, in bfloat16, and adds them up as
+  another product: neither logits nor a reduction of them pass through memory.
   """
+  wide, dtype = jnp.float32, features.dtype
+  columns = jnp.take(matrix.astype(dtype), targets, axis=1)
+  chosen = jnp.einsum(
+    "btd,dbt->bt", features.astype(wide), columns.astype(wide)
+  )
   logits = transformer.unembed(features, matrix)
-  chosen = _choose(logits, targets)
-  most = logits.max(axis=-1, keepdims=True)
-  again = transformer.unembed(lax.optimization_barrier(features), matrix)
-  exponentials = jnp.exp(again - most)
-  total = exponentials.sum(axis=-1, keepdims=True)
-  rounded = lax.optimization_barrier(exponentials.astype(features.dtype))
-  lse = (most + jnp.log(total))[..., 0]
-  return rounded.astype(jnp.float32) / total, lse, chosen
+  shift = chosen + _BELOW_TARGET
+  parts = jnp.exp(logits - shift[..., None]).astype(dtype)
+  ones = jnp.ones((parts.shape[-1], _SUBLANES), dtype)
+  # Otherwise XLA sums in a pass of its own, over float32.
+  parts, ones = lax.optimization_barrier((parts, ones))
+  total = jnp.einsum("btv,vk->btk", parts, ones, preferred_element_type=wide)
+  total = total[..., 0]
+  softmax = parts.astype(wide) * (1 / total)[..., None]
+  return softmax, jnp.log(total) + _BELOW_TARGET
 
 
 def _logits(features, targets, matrix):

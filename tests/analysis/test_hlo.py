@@ -55,3 +55,21 @@ def test_a_collective_that_runs_inside_fusions_counts_once_a_turn():
   found = list(collectives.of_program(hlo.read(text)))
   assert [(x.received, times) for x, times in found][:2] == [(16, 4), (32, 4)]
   assert len(found) == 4
+
+
+def test_a_branch_that_is_rarely_taken_does_not_count():
+  rare = 'calls=%fused, metadata={op_name="step/rarely/exp"}, CYCLES:"100"'
+  text = SHORT.replace('calls=%fused, CYCLES:"100"', rare)
+  text = text.replace("CYCLES", 'backend_config={"estimated_cycles"')
+  text = text.replace("TRIPS", 'backend_config={"known_trip_count"')
+  assert hlo.cycles(hlo.read(text)) == 10 * (4 + 3 + 1) + 1
+
+
+def test_a_fused_reduce_scatter_is_counted_by_its_part():
+  summed = "%s = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}\n  "
+  text = TEXT.replace("%fused", "%all-reduce-scatter.1")
+  text = text.replace("ROOT %twice", summed + "ROOT %twice")
+  text = text.replace("%x = f32[8]{0}", "%x = f32[4]{0}")
+  found = list(collectives.of_program(hlo.read(text)))
+  kinds = [(x.kind, x.received, times) for x, times in found[:2]]
+  assert kinds == [("reduce-scatter", 16, 4), ("all-gather", 32, 4)]

@@ -10,6 +10,7 @@ import pytest
 
 from longnet_jax.models import config as config_lib
 from longnet_jax.models import gelu, layers
+from longnet_jax.ops import kernels
 
 _make = functools.partial(
   config_lib.LongNetConfig,
@@ -82,8 +83,11 @@ def _normalized_product(x, scale, bias, kernel, added, dy):
 
 
 @pytest.mark.parametrize("mean", [0, 20])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_linear_map_takes_over_scale_and_bias(dtype, mean):
+@pytest.mark.parametrize(
+  "dtype, platform",
+  [("float32", "cpu"), ("bfloat16", "cpu"), ("bfloat16", "tpu")],
+)
+def test_a_linear_map_takes_over_scale_and_bias(dtype, platform, mean):
   random = np.random.default_rng(0)
   shapes = (64, 48), (48,), (48,), (48, 32), (32,), (64, 32)
   arrays = [random.normal(size=shape) for shape in shapes]
@@ -107,12 +111,40 @@ def test_a_linear_map_takes_over_scale_and_bias(dtype, mean):
   before = [a.copy() for a in parameters]
   apply(x, *parameters)
   jax.tree.map(np.testing.assert_array_equal, parameters, before)
-  found, pull = jax.vjp(apply, x, *map(jnp.asarray, parameters))
+  with kernels.compiling_for(platform):
+    found, pull = jax.vjp(apply, x, *map(jnp.asarray, parameters))
   assert found.dtype == x.dtype
+  if platform == "tpu":  # where devices add up gradients
+    dkernel, dbias = pull(dy)[-2:]
+    for slope in (dkernel, dbias):
+      rounded = slope.astype(jnp.bfloat16).astype(slope.dtype)
+      assert (slope != rounded).any()
   near = 1e-5 if dtype == "float32" else 2**-6
   for a, b in zip((found, *pull(dy)), (y, *gradients), strict=True):
     scale = np.abs(b).max()
     np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=near * scale)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_normalized_stream_has_the_derivatives_of_its_formula(keep):
+  x, direction = jnp.asarray(_random(2, 16, 48), jnp.bfloat16)
+  norm = layers.LayerNorm((48,), 1e-5)
+  params = norm.init(jax.random.key(0), x)
+
+  def rows(x):
+    return norm.apply(params, x, method="before_linear", keep=keep).rows
+
+  y, along = jax.jvp(rows, (x,), (direction,))
+  wide, g = (np.asarray(a, np.float64) for a in (x, direction))
+  centred = wide - wide.mean(-1, keepdims=True)
+  deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+  exact = centred / deviation
+  slope = g - g.mean(-1, keepdims=True)
+  slope -= exact * (exact * g).mean(-1, keepdims=True)
+  for found, wanted in ((y, exact), (along, slope / deviation)):
+    assert found.dtype == jnp.bfloat16
+    found = np.asarray(found, np.float64)
+    np.testing.assert_allclose(found, wanted, atol=2**-7 * np.abs(wanted).max())
 
 
 def test_gelu_of_every_bfloat16_is_exact_but_for_rounding():
@@ -126,7 +158,11 @@ def test_gelu_of_every_bfloat16_is_exact_but_for_rounding():
   for found, exact in ((y, wide * below), (dx, slope)):
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(
-      np.asarray(found, np.float64), exact, rtol=2**-8, atol=5e-7
+      # What float32 cannot tell from 1, times the largest x where it matters.
+      np.asarray(found, np.float64),
+      exact,
+      rtol=2**-8,
+      atol=1.5e-6,
     )
 
 

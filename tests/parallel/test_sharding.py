@@ -43,7 +43,19 @@ def test_what_does_not_divide_stays_whole(mesh):
   path = "layers/attention/key/kernel"
   fsdp = ("data", "seq")
   assert sharding.spec_for(path, (16, 1, 8), mesh) == P(fsdp, None, None)
-  assert sharding.spec_for(path, (18, 4, 8), mesh) == P(None, "model", None)
+  assert sharding.spec_for(path, (17, 4, 8), mesh) == P(None, "model", None)
+
+
+def test_a_share_that_is_too_small_is_one_of_fewer_devices(monkeypatch):
+  mesh = mesh_lib.make_mesh(data=2, seq=4)
+  path = "layers/attention/key/kernel"
+  first = lambda rows: sharding.spec_for(path, (rows, 2, 8), mesh)[0]
+  assert first(32) == ("data", "seq") and first(4) == "seq"
+  assert first(18) == "data" and first(17) is None
+  # A TPU gathers no fewer than 16 rows at a time.
+  monkeypatch.setattr(sharding, "_LEAST_SHARE", {"cpu": 16})
+  assert first(128) == ("data", "seq")
+  assert first(96) == "seq" and first(32) == "data" and first(16) is None
 
 
 def test_a_batch_lands_where_it_belongs(mesh):

@@ -79,19 +79,52 @@ def test_half_precision_features_are_summed_in_float32(inputs):
   np.testing.assert_allclose(total, expected, rtol=2e-2)
 
 
-def test_on_tpu_softmax_is_made_of_two_products(inputs):
-  features, matrix, targets, weights = inputs
-  features = features.astype(jnp.bfloat16)
+def _on_tpu_and_not(features, matrix, targets, weights):
+  """Sum and gradients of bfloat16 features, float32."""
 
   def total(features, matrix):
     return loss.cross_entropy(features, matrix, targets, weights, chunk=4)[0]
 
-  wanted = jax.value_and_grad(total, argnums=(0, 1))(features, matrix)
+  run = jax.value_and_grad(total, argnums=(0, 1))
+  features = features.astype(jnp.bfloat16)
+  others = run(features, matrix)
   with kernels.compiling_for("tpu"):
-    found = jax.value_and_grad(total, argnums=(0, 1))(features, matrix)
-  for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    found = run(features, matrix)
+  for a, b in zip(*map(jax.tree.leaves, (found, others)), strict=True):
     assert a.dtype == b.dtype
-    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    yield np.asarray(a, np.float32), np.asarray(b, np.float32)
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+def test_on_tpu_a_softmax_is_measured_from_its_target(inputs, scale):
+  features, *others = inputs
+  # With the larger logits some targets have a part of 1, some next to none.
+  (total, wanted), *gradients = _on_tpu_and_not(scale * features, *others)
+  np.testing.assert_allclose(total, wanted, rtol=1e-4)
+  for a, b in gradients:
     # The exponentials and their products are rounded to bfloat16.
     np.testing.assert_allclose(a, b, atol=2**-6 * np.abs(b).max())
-  np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss_of_one", [137, 143, 148, 400])
+def test_a_target_far_below_another_logit_is_right_on_tpu(inputs, loss_of_one):
+  features, matrix, targets, weights = inputs
+  logits = jnp.einsum("btd,dv->btv", features, matrix)
+  targets = targets.at[0, 0].set(logits[0, 0].argmin())
+  weights = weights.at[0, 0].set(1)
+  features = features.at[0, 0].multiply(loss_of_one / jnp.ptp(logits[0, 0]))
+  near = 2**-6 if loss_of_one < 140 else 0
+  for found, wanted in _on_tpu_and_not(features, matrix, targets, weights):
+    assert np.isfinite(wanted).all()
+    np.testing.assert_allclose(found, wanted, atol=near * np.abs(wanted).max())
+
+
+def test_a_token_that_is_no_number_spoils_no_other_on_tpu(inputs):
+  features, matrix, targets, weights = inputs
+  features = features.at[1, 5].set(jnp.nan)
+  weights = weights.at[1, 5].set(1)
+  (total, _), (slopes, wanted), _ = _on_tpu_and_not(
+    features, matrix, targets, weights
+  )
+  assert np.isnan(total) and np.isnan(slopes[1, 5]).all()
+  np.testing.assert_array_equal(slopes, wanted)
