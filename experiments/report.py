@@ -29,8 +29,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-# Those whose record is in docs/studies/.
-_STUDIES = ("ablations", "flops", "lengths", "reach", "runtime", "sizes")
+# The record in docs/studies/: which study wrote it.
+_STUDIES = {
+  "ablations": "ablations",
+  "flops": "flops",
+  "lengths": "lengths",
+  "lengths_1m": "lengths",
+  "reach": "reach",
+  "runtime": "runtime",
+  "sizes": "sizes",
+}
 # name: what makes lists of (head, rows), of which records in docs/.
 TABLES = {
   "benchmark": (tables.benchmark, "benchmark_cpu"),
@@ -61,8 +69,8 @@ TABLES = {
   "speed": (tables.speed, "benchmark_cpu", "million_cpu"),
   "study_worth": (lambda record: [lengths.worth(record)], "studies/lengths"),
   **{
-    f"study_{name}": (catalogue.STUDIES[name].table, f"studies/{name}")
-    for name in _STUDIES
+    f"study_{name}": (catalogue.STUDIES[study].table, f"studies/{name}")
+    for name, study in _STUDIES.items()
   },
 }
 
@@ -85,9 +93,9 @@ def main(_) -> None:
   decode = _read("decode_cpu")
   decode_speed.draw(decode["records"], DOCS / "decode_cpu.png", decode["title"])
   baselines.draw(_read("comparison"), DOCS / "comparison.png")
-  for name in _STUDIES:
+  for name, study in _STUDIES.items():
     record = _read(f"studies/{name}")
-    catalogue.STUDIES[name].draw(record, DOCS / "studies" / f"{name}.png")
+    catalogue.STUDIES[study].draw(record, DOCS / "studies" / f"{name}.png")
   names = ", ".join(path.name for path in pages())
   print(f"wrote {names} and the pictures in {DOCS}")
 

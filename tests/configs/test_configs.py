@@ -16,11 +16,15 @@ from longnet_jax.parallel import mesh as mesh_lib
 from longnet_jax.training import config as config_lib
 from longnet_jax.training import run as run_lib
 
-NAMES = sorted(
-  path.stem
-  for path in pathlib.Path(base.__file__).parent.glob("*.py")
-  if path.stem != "__init__"
-) + [f"paper:{size}" for size in sizes.SIZES]
+NAMES = (
+  sorted(
+    path.stem
+    for path in pathlib.Path(base.__file__).parent.glob("*.py")
+    if path.stem != "__init__"
+  )
+  + [f"paper:{size}" for size in sizes.SIZES]
+  + ["study:1.3M"]
+)
 
 
 def _settings(name):
