@@ -4,6 +4,8 @@ from collections.abc import Iterator
 import re
 from typing import NamedTuple
 
+from longnet_jax.ops import tpu
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _KIND = re.compile(r"= (?:\(.*?\)|\S+) ([a-z][a-z\-]*)\(")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
@@ -13,9 +15,6 @@ _CALLED = re.compile(
   r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _LISTED = re.compile(r"(?:called_computations|branch_computations)=\{([^}]*)\}")
-
-# A jax.named_scope around the branch of a conditional that hardly ever runs.
-RARELY = "rarely"
 
 
 class Line(NamedTuple):
@@ -49,7 +48,7 @@ def read(text: str) -> Program:
   """Returns the program of `compiled.as_text()`.
 
   Of the branches of a conditional that with the most estimated cycles counts,
-  or the longest where there are none; one with a line in the scope `RARELY`
+  or the longest where there are none; one with a line in the scope `tpu.RARELY`
   only beside others of its kind.
   """
   bodies, entry = computations(text)
@@ -139,5 +138,5 @@ def _trips(text, computations):
 
 
 def _weight(lines):
-  often = not any(f"/{RARELY}/" in line.text for line in lines)
+  often = not any(f"/{tpu.RARELY}/" in line.text for line in lines)
   return often, cycles(Program(lines, 0)), len(lines)

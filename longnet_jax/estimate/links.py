@@ -99,9 +99,8 @@ def _of_parameters(config, platform, mesh, rows, params):
     is_exact = platform == "tpu" or not in_block or is_chunked
     itemsize = WIDE if is_exact else rows.itemsize
     if parts > 1:
-      share = next(
-        n for n, m in zip(local, leaf.shape, strict=True) if n * parts == m
-      )
+      pairs = zip(local, leaf.sharding.spec, strict=False)
+      share = next(n for n, axes in pairs if _parts((axes,), mesh) > 1)
       others = shared * (parts - 1)
       gathered = 2 * others * rows.itemsize
       yield "all-gather", rows.itemsize, parts, share, gathered

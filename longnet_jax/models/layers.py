@@ -98,7 +98,8 @@ def _product_jvp(axes, primals, tangents):
   y = _product(rows, kernel, axes)
   dy = _product(drows, kernel, axes)
   # A TPU multiplies these as the bfloat16 that they are, into float32.
-  dy += jnp.tensordot(rows.astype(jnp.float32), dkernel, axes).astype(y.dtype)
+  rows, dkernel = rows.astype(jnp.float32), dkernel.astype(jnp.float32)
+  dy += jnp.tensordot(rows, dkernel, axes).astype(y.dtype)
   return y, dy
 
 

@@ -7,6 +7,10 @@ from jax import lax
 
 from longnet_jax.ops import kernels
 
+# A jax.named_scope of the branch of a conditional that hardly ever runs, which
+# plans of a step do not count.
+RARELY = "rarely"
+
 _Arrays = TypeVar("_Arrays")
 
 

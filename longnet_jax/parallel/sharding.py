@@ -17,6 +17,8 @@ _FSDP = ("data", "seq")
 # The least share by platform. A TPU moves 16 rows of bfloat16 at a time: for
 # smaller shares XLA adds up whole matrices that are zero elsewhere.
 _LEAST_SHARE = {"tpu": 16}
+# But a parameter of as many numbers takes more memory whole than it saves time.
+_LARGE = 2**26
 
 # (pattern searched in a parameter's path, spec of its trailing axes). Leading
 # axes, such as the layers that nn.scan stacks, are not split. First match wins.
@@ -39,7 +41,10 @@ def spec_for(path: str, shape: tuple[int, ...], mesh) -> P:
   """The PartitionSpec of a parameter; an axis that does not divide is whole."""
   for pattern, spec in RULES:
     if re.search(pattern, path) and len(spec) <= len(shape):
-      return fit((None,) * (len(shape) - len(spec)) + tuple(spec), shape, mesh)
+      is_large = math.prod(shape) >= _LARGE
+      least = 1 if is_large else _LEAST_SHARE.get(kernels.platform(), 1)
+      spec = (None,) * (len(shape) - len(spec)) + tuple(spec)
+      return fit(spec, shape, mesh, least)
   return P()
 
 
@@ -87,14 +92,14 @@ def cache_shardings(cache, mesh):
   )
 
 
-def fit(spec, shape: tuple[int, ...], mesh) -> P:
+def fit(spec, shape: tuple[int, ...], mesh, least: int = 1) -> P:
   """`spec` for an array of `shape`; an axis that does not divide is whole.
 
-  Of parameters an axis that would leave too small a share is split over fewer
-  devices, or whole.
+  What is split over several axes of the mesh together is split over one of
+  them where a share would be less than `least`, or whole.
   """
   pairs = zip(shape, spec, strict=False)
-  return P(*(_fit(size, names, mesh) for size, names in pairs))
+  return P(*(_fit(size, names, mesh, least) for size, names in pairs))
 
 
 def path_name(path) -> str:
@@ -175,16 +180,12 @@ def check_mesh(
         )
 
 
-def _fit(size: int, axes, mesh):
+def _fit(size: int, axes, mesh, least):
   """`axes` if their devices divide `size`, fewer of them, or None."""
-  if axes is None:
-    return None
-  if axes == _FSDP:
-    least = _LEAST_SHARE.get(kernels.platform(), 1)
-    choices = sorted((axes, *axes), key=lambda x: -_count(x, mesh))
-  else:
-    least, choices = 1, [axes]
-  for names in choices:
+  if not isinstance(axes, tuple):
+    return axes if axes is None or size % mesh.shape[axes] == 0 else None
+  whole, *parts = sorted((axes, *axes), key=lambda x: -_count(x, mesh))
+  for names in (whole, *(x for x in parts if _count(x, mesh) > 1)):
     share, rest = divmod(size, _count(names, mesh))
     if not rest and share >= least:
       return names

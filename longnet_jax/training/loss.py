@@ -8,9 +8,8 @@ from jax import Array, lax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from longnet_jax.analysis import hlo
 from longnet_jax.models import transformer
-from longnet_jax.ops import chunks, kernels
+from longnet_jax.ops import chunks, kernels, tpu
 
 # Of `_softmax_from_target`: exp(-this) is 2^-86, the part of a target.
 _BELOW_TARGET = 86 * math.log(2)
@@ -77,7 +76,7 @@ def _forward(features, matrix, targets, weights, chunk):
   run = functools.partial(_run, chunk, features, matrix, targets, weights)
   if kernels.platform() == "tpu" and features.dtype == jnp.bfloat16:
     found = run(_softmax_from_target)
-    exact = jax.named_scope(hlo.RARELY)(functools.partial(run, _softmax))
+    exact = jax.named_scope(tpu.RARELY)(functools.partial(run, _softmax))
     is_right = (found[0] < _GREATEST_LOSS).all()  # not so of NaN
     found = lax.cond(is_right, lambda: found, exact)
   else:
@@ -128,8 +127,9 @@ def _softmax_from_target(features, targets, matrix):
   exp(logits - shift) needs no second pass over the logits to find their maximum
   if the shift is known before: the target's logit is, from one column. Parts of
   the softmax then begin at 2^-86, which bfloat16 holds exactly, and those that
-  are lost below are 1e-12 of it. Of losses above `_GREATEST_LOSS` it knows no
-  more than that they are.
+  are lost below are 1e-12 of it. Of losses above `_GREATEST_LOSS`, of tokens of
+  any weight, it knows no more than that they are. Others may be off by what
+  rounding the largest parts comes to, less than 2^-8.
 
   A TPU writes the parts as the product ends, in bfloat16, and adds them up as
   another product: neither logits nor a reduction of them pass through memory.
@@ -146,9 +146,10 @@ def _softmax_from_target(features, targets, matrix):
   # Otherwise XLA sums in a pass of its own, over float32.
   parts, ones = lax.optimization_barrier((parts, ones))
   total = jnp.einsum("btv,vk->btk", parts, ones, preferred_element_type=wide)
-  total = total[..., 0]
-  softmax = parts.astype(wide) * (1 / total)[..., None]
-  return softmax, jnp.log(total) + _BELOW_TARGET
+  log_total = jnp.log(total[..., :1])
+  # Not 1 / total, whose derivative is out of range.
+  softmax = parts.astype(wide) * jnp.exp(-log_total)
+  return softmax, log_total[..., 0] + _BELOW_TARGET
 
 
 def _logits(features, targets, matrix):

@@ -56,6 +56,10 @@ def test_a_share_that_is_too_small_is_one_of_fewer_devices(monkeypatch):
   monkeypatch.setattr(sharding, "_LEAST_SHARE", {"cpu": 16})
   assert first(128) == ("data", "seq")
   assert first(96) == "seq" and first(32) == "data" and first(16) is None
+  monkeypatch.setattr(sharding, "_LARGE", 16 * 2 * 8)
+  assert first(16) == ("data", "seq")  # less memory is worth more
+  wide = mesh_lib.make_mesh(data=8)
+  assert sharding.spec_for(path, (4, 2, 8), wide) == P(None, "model", None)
 
 
 def test_a_batch_lands_where_it_belongs(mesh):

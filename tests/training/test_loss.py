@@ -128,3 +128,18 @@ def test_a_token_that_is_no_number_spoils_no_other_on_tpu(inputs):
   )
   assert np.isnan(total) and np.isnan(slopes[1, 5]).all()
   np.testing.assert_array_equal(slopes, wanted)
+
+
+def test_second_derivatives_on_tpu_are_those_of_others(inputs):
+  features, matrix, targets, weights = inputs
+  features = features.astype(jnp.bfloat16)
+
+  def slope(features):
+    total = lambda x: loss.cross_entropy(x, matrix, targets, weights, chunk=4)
+    return jax.grad(lambda x: total(x)[0])(features)
+
+  others = jax.jvp(slope, (features,), (features,))[1]
+  with kernels.compiling_for("tpu"):
+    found = jax.jvp(slope, (features,), (features,))[1]
+  found, wanted = (np.asarray(x, np.float32) for x in (found, others))
+  np.testing.assert_allclose(found, wanted, atol=2**-6 * np.abs(wanted).max())
