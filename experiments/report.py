@@ -29,16 +29,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-# The record in docs/studies/: which study wrote it.
-_STUDIES = {
-  "ablations": "ablations",
-  "flops": "flops",
-  "lengths": "lengths",
-  "lengths_1m": "lengths",
-  "reach": "reach",
-  "runtime": "runtime",
-  "sizes": "sizes",
-}
+# Records in docs/studies/, each of which names its study.
+_STUDIES = (
+  "ablations",
+  "flops",
+  "lengths",
+  "lengths_1m",
+  "reach",
+  "runtime",
+  "sizes",
+)
 # name: what makes lists of (head, rows), of which records in docs/.
 TABLES = {
   "benchmark": (tables.benchmark, "benchmark_cpu"),
@@ -69,8 +69,11 @@ TABLES = {
   "speed": (tables.speed, "benchmark_cpu", "million_cpu"),
   "study_worth": (lambda record: [lengths.worth(record)], "studies/lengths"),
   **{
-    f"study_{name}": (catalogue.STUDIES[study].table, f"studies/{name}")
-    for name, study in _STUDIES.items()
+    f"study_{name}": (
+      lambda record: catalogue.STUDIES[record["study"]].table(record),
+      f"studies/{name}",
+    )
+    for name in _STUDIES
   },
 }
 
@@ -93,9 +96,10 @@ def main(_) -> None:
   decode = _read("decode_cpu")
   decode_speed.draw(decode["records"], DOCS / "decode_cpu.png", decode["title"])
   baselines.draw(_read("comparison"), DOCS / "comparison.png")
-  for name, study in _STUDIES.items():
+  for name in _STUDIES:
     record = _read(f"studies/{name}")
-    catalogue.STUDIES[study].draw(record, DOCS / "studies" / f"{name}.png")
+    study = catalogue.STUDIES[record["study"]]
+    study.draw(record, DOCS / "studies" / f"{name}.png")
   names = ", ".join(path.name for path in pages())
   print(f"wrote {names} and the pictures in {DOCS}")
 

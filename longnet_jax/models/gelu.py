@@ -49,10 +49,8 @@ def _with_slope(x):
   """Returns x Phi(x) and its slope, Phi(x) + x phi(x)."""
   wide = x.astype(jnp.float32)
   square = jnp.square(wide)
-  inner = functools.reduce(
-    lambda p, c: p * jnp.minimum(square, _LARGEST_SQUARE) + c,
-    reversed(_COEFFICIENTS),
-  )
+  u = jnp.minimum(square, _LARGEST_SQUARE)
+  inner = functools.reduce(lambda p, c: p * u + c, reversed(_COEFFICIENTS))
   below = 0.5 + 0.5 * jnp.tanh(wide * inner)
   phi = jnp.exp(-0.5 * square) * (1 / math.sqrt(2 * math.pi))
   return (wide * below).astype(x.dtype), (below + wide * phi).astype(x.dtype)

@@ -130,7 +130,8 @@ class LayerNorm(nn.Module):
   def before_linear(self, x: Array, keep: bool = True) -> Array | Normalized:
     """Returns the normalized x for a `Linear`, which is faster in bfloat16.
 
-    Where x is kept for its own sake, with `keep` false its rows are made again.
+    With `keep` remat="dots" keeps the result in the place of x; without it x is
+    kept, and the result made again.
     """
     return _before_linear(x, self.scale, self.bias, self.epsilon, keep)
 
