@@ -15,7 +15,7 @@ import time
 
 import jax
 
-from longnet_jax.analysis import chips, collectives, costs, hlo
+from longnet_jax.analysis import collectives, costs, hlo
 from longnet_jax.analysis import topology as topology_lib
 from longnet_jax.data import pipeline
 from longnet_jax.ops import kernels
@@ -85,13 +85,14 @@ def make(config: config_lib.ExperimentConfig, topology: str) -> Plan:
 
   Raises RefusedError where the config does not fit the mesh or the devices.
   """
+  found = topology_lib.parse(topology)
   devices = topology_lib.find_devices(topology)
   mesh = mesh_lib.make_mesh(
     config.mesh.data, config.mesh.seq, config.mesh.model, devices
   )
   run_lib.check_mesh(config, mesh)
   start = time.process_time()
-  with kernels.compiling_for(topology_lib.parse(topology).platform):
+  with kernels.compiling_for(found.platform):
     update = run_lib.make_update(config, mesh)
     lowered = update.train_step.lower(
       update.abstract_state, _abstract_batch(config, mesh)
@@ -99,7 +100,7 @@ def make(config: config_lib.ExperimentConfig, topology: str) -> Plan:
     compiled, used = _compile(lowered)
   seconds = time.process_time() - start
   return _describe(
-    config, topology, mesh, update.abstract_state, compiled, used, seconds
+    config, found, mesh, update.abstract_state, compiled, used, seconds
   )
 
 
@@ -130,7 +131,7 @@ def _compile(lowered):
 
 def _describe(config, topology, mesh, state, compiled, used, compile_seconds):
   """Returns the `Plan` of a compiled step, or of a refused one."""
-  chip = chips.find(mesh.devices.flat[0])
+  chip, platform = topology.chip, topology.platform
   windows, window = config.training.batch_size, config.data.window
   model_flops = windows * costs.train_flops(config.model, window)
   received, unknown, seconds, share, host = {}, 0, None, None, 0
@@ -147,7 +148,7 @@ def _describe(config, topology, mesh, state, compiled, used, compile_seconds):
       share = model_flops / mesh.size / seconds["step"] / chip.peak_flops
   limit = limit or chip.hbm
   return Plan(
-    topology=topology,
+    topology=topology.name,
     devices=mesh.size,
     # Only compilers for TPUs refuse what is too large.
     fits=compiled is not None and peak <= limit,
@@ -157,7 +158,8 @@ def _describe(config, topology, mesh, state, compiled, used, compile_seconds):
     parameter_bytes=device_bytes(state.params),
     optimizer_bytes=device_bytes(state.opt_state),
     model_flops=model_flops,
-    computed_flops=windows * costs.computed_flops(config.model, window),
+    computed_flops=windows
+    * costs.computed_flops(config.model, window, platform),
     collectives=received,
     unknown_loops=unknown,
     seconds=seconds,

@@ -137,22 +137,26 @@ def _forward(config, length):
   )
 
 
-def computed_flops(config, length: int) -> int:
+def computed_flops(config, length: int, platform: str) -> int:
   """Returns the FLOPs of a training step as computed, a window of `length`.
 
   Beside those of `train_flops`, scores are computed a second time backward, and
   with remat="full" or "offload" all that a block computes forward; with "dots"
-  the first half of its feed-forward layer. The narrow product that adds up a
-  softmax on TPU, see `training.loss`, is not counted.
+  the first half of its feed-forward layer and, on TPU, values. The narrow
+  product that adds up a softmax there, see `training.loss`, is not counted.
 
   Args:
     config: a `LongNetConfig`.
     length: positions of the window.
+    platform: "tpu", "gpu" or "cpu".
   """
   projections, logits, _ = _forward(config, length)
   products = (3 + _again(config)) * projections + 3 * logits
   if config.remat == "dots":
-    products += config.num_layers * config.model_dim * config.ffn_dim * length
+    again = config.ffn_dim
+    if platform == "tpu":
+      again += config.kv_heads * config.head_dim
+    products += config.num_layers * config.model_dim * again * length
   return 2 * products + score_flops(config, length)
 
 

@@ -77,7 +77,7 @@ def _describe(config, topology, mesh, state):
   rows = rows_lib.of_device(config, mesh)
   received = links.received(config, platform, mesh, rows, state.params)
   times = seconds.of_step(config, chip, platform, mesh, rows, received)
-  peak, host = memory.peak_and_host(config, mesh, rows, state)
+  peak, host = memory.peak_and_host(config, platform, mesh, rows, state)
   model_flops = windows * costs.train_flops(config.model, window)
   step = mesh.size * times["step"] * chip.peak_flops
   return plan.Plan(
@@ -90,7 +90,8 @@ def _describe(config, topology, mesh, state):
     parameter_bytes=plan.device_bytes(state.params),
     optimizer_bytes=plan.device_bytes(state.opt_state),
     model_flops=model_flops,
-    computed_flops=windows * costs.computed_flops(config.model, window),
+    computed_flops=windows
+    * costs.computed_flops(config.model, window, platform),
     collectives=received,
     unknown_loops=0,
     seconds=times,

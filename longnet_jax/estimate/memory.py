@@ -12,11 +12,14 @@ from longnet_jax.estimate import rows as rows_lib
 from longnet_jax.estimate.rows import WIDE
 
 
-def peak_and_host(config, mesh, rows: rows_lib.Rows, state) -> tuple[int, int]:
+def peak_and_host(
+  config, platform: str, mesh, rows: rows_lib.Rows, state
+) -> tuple[int, int]:
   """Returns the bytes of a device, and those in the memory of the host.
 
   Args:
     config: an `ExperimentConfig`.
+    platform: "tpu" or "gpu".
     mesh: of `parallel.mesh`, or its sizes alone.
     rows: those of a device.
     state: the abstract `TrainState` as it lies on the mesh.
@@ -24,7 +27,8 @@ def peak_and_host(config, mesh, rows: rows_lib.Rows, state) -> tuple[int, int]:
   model = config.model
   entered = rows.width * rows.itemsize
   tables = 2 * model.head_dim * WIDE if model.position != "none" else 0
-  size = rows.count * (model.num_layers * kept(model, rows) + tables)
+  blocks = model.num_layers * kept(model, rows, platform)
+  size = rows.count * (blocks + tables)
   size += plan.device_bytes((state.params, state.opt_state))
   size += _gradients(config, rows, state.params)
   backward = max(_feed_forward(config, rows), _attention(rows))
@@ -35,16 +39,20 @@ def peak_and_host(config, mesh, rows: rows_lib.Rows, state) -> tuple[int, int]:
   return math.ceil(size), host if model.remat == "offload" else 0
 
 
-def kept(model, rows: rows_lib.Rows) -> int:
+def kept(model, rows: rows_lib.Rows, platform: str) -> int:
   """Returns the bytes a row that a block keeps until its backward pass.
 
   In bfloat16 "dots" keeps what the two LayerNorms of the stream made, in the
-  place of what entered and of the projection: as many bytes.
+  place of what entered and of the projection: as many bytes. A TPU keeps the
+  update of the feed-forward layer, and not the values.
   """
   entered = rows.width * rows.itemsize
+  dots = entered + _named(model, rows)
+  if platform == "tpu":
+    dots += (rows.width - rows.keys) * rows.itemsize
   return {
     "none": _everything(model, rows),
-    "dots": entered + _named(model, rows),
+    "dots": dots,
     "full": entered,
     "offload": 0,
   }[model.remat]

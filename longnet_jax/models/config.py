@@ -64,8 +64,9 @@ class LongNetConfig:
     dtype: of activations, "bfloat16" or "float32"; parameters, softmax and
       LayerNorm are float32.
     remat: what a block recomputes in the backward pass: "none", "full" or all
-      but its attention, projections and LayerNorms ("dots"). "offload" is
-      "full", and keeps what enters a block in the memory of the host.
+      but its attention, projections and LayerNorms ("dots", docs/pods.md).
+      "offload" is "full", and keeps what enters a block in the memory of the
+      host.
     ffn_chunk: positions whose feed-forward layer is in memory at once, backward
       too; 0 for all.
     scan_layers: compile one block and loop over it, or unroll the loop; the

@@ -74,8 +74,7 @@ def multiply(rows: Array, kernel: ArrayLike, bias: ArrayLike) -> Array:
   """Returns rows W + b, of the dtype of the rows."""
   axes = kernel.ndim - bias.ndim
   if kernels.platform() == "tpu" and rows.dtype == jnp.bfloat16:
-    y = _product(rows, kernel, axes)
-    return (y.astype(bias.dtype) + _align(bias, y)).astype(y.dtype)
+    return _add_bias(_product(rows, kernel, axes), bias)
   y = jnp.tensordot(rows, kernel.astype(rows.dtype), axes)
   return y + _align(bias.astype(rows.dtype), y)
 
@@ -101,6 +100,39 @@ def _product_jvp(axes, primals, tangents):
   rows, dkernel = rows.astype(jnp.float32), dkernel.astype(jnp.float32)
   dy += jnp.tensordot(rows, dkernel, axes).astype(y.dtype)
   return y, dy
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _standardized_product(x, kernel, epsilon):
+  """Returns y = rows W of what `_standardize` makes of x, as `_product` does.
+
+  The gradient of a LayerNorm has two sums over each of its rows. Written in
+  terms of y, with dy what comes back to y, they are
+
+    sum(W dy) = sum(W) dy,  rows (W dy) = y dy:
+
+  shorter ones, and found before the product W dy, which then ends with all that
+  is to be done to a row.
+  """
+  rows, _ = _standardize(x, (-1,), epsilon)
+  return _product(rows, kernel, 1)
+
+
+@_standardized_product.defjvp
+def _standardized_product_jvp(epsilon, primals, tangents):
+  """Returns y and dy = ((dx - mean(dx)) W - mean(rows dx) y) / deviation."""
+  (x, kernel), (dx, dkernel) = primals, tangents
+  rows, inverse = _standardize(x, (-1,), epsilon)
+  y = _kept(_product(rows, kernel, 1))
+  wide, dx = rows.astype(jnp.float32), dx.astype(jnp.float32)
+  along = inverse * (wide * dx).mean(-1, keepdims=True)
+  mean = inverse * dx.mean(-1, keepdims=True)
+  # Of the numbers that the product multiplies by.
+  column_sums = kernel.astype(x.dtype).astype(jnp.float32).sum(0)
+  dy = _product((inverse * dx).astype(x.dtype), kernel, 1).astype(jnp.float32)
+  dy -= mean * _align(column_sums, y) + along * y.astype(jnp.float32)
+  dy += jnp.tensordot(wide, dkernel.astype(jnp.float32), 1)
+  return y, dy.astype(y.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -213,16 +245,19 @@ class FeedForward(nn.Module):
   ) -> Float[Array, "B T D"]:
     """Returns the update of the residual stream."""
     rows, *affine = x if isinstance(x, Normalized) else (x,)
-    update = self._make_update(rows.dtype, affine)
     length, chunk = rows.shape[1], self.config.ffn_chunk
-    if not 0 < chunk < length:
+    in_chunks = 0 < chunk < length
+    # Whether the update is there when its gradient is made.
+    is_kept = self.config.remat in ("none", "dots") and not in_chunks
+    update = self._make_update(rows.dtype, affine, is_kept)
+    if not in_chunks:
       return update(rows)
     cut, join = chunks.make_cut(length, chunk)
     # Backward computes a chunk again, and nothing else of it is kept.
     again = jax.checkpoint(update, prevent_cse=False)
     return join(jax.lax.map(again, cut(rows)))
 
-  def _make_update(self, dtype, affine):
+  def _make_update(self, dtype, affine, is_kept):
     """Returns rows -> their update, with weights that are made once."""
     config, epsilon = self.config, self.config.layernorm_epsilon
     gain = initial_gain(config)
@@ -237,6 +272,8 @@ class FeedForward(nn.Module):
 
     def update(rows):
       x = gelu.gelu(multiply(rows, *fc1))
+      if folded and is_kept and kernels.platform() == "tpu":
+        return _add_bias(_standardized_product(x, fc2[0], epsilon), fc2[1])
       if inner:
         x = _before_linear(x, *inner, epsilon, keep=False)
       return multiply(x.rows if folded else x, *fc2)
@@ -272,6 +309,11 @@ def initial_gain(config: config_lib.LongNetConfig) -> float:
 def residual_scale(config: config_lib.LongNetConfig) -> float:
   """Returns alpha of x alpha + f(x): (2L)^(1/4) with DeepNorm, otherwise 1."""
   return (2 * config.num_layers) ** 0.25 if config.deepnorm else 1.0
+
+
+def _add_bias(y, bias):
+  """Returns y + b, added in the type of b, whose gradient is summed in it."""
+  return (y.astype(bias.dtype) + _align(bias, y)).astype(y.dtype)
 
 
 def _align(parameter, x):

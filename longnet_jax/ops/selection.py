@@ -18,7 +18,8 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 import numpy as np
 
-_BLOCK = 128  # rows among which one matrix selects
+_BLOCK = 128  # the most rows among which one matrix selects
+_BLOCKS = 8  # of a segment that is filled up to whole ones, at least
 _Either = Array | np.ndarray  # NumPy where known before tracing
 
 
@@ -29,8 +30,8 @@ class Cut(NamedTuple):
     selections from each of K heads; for each segment, or P = 1 for all.
   way: "index" takes only what is kept. "sum" and "product" pass over all rows
     without an index, as suits TPUs: a masked sum over each r, or where it can
-    the product of 128 rows with zeros and ones, which is exact, and faster;
-    but if one of them is NaN all are.
+    the product of a block of rows with zeros and ones, which is exact, and
+    faster; but if one of them is NaN all are.
   """
 
   length: int
@@ -60,7 +61,7 @@ def select(
   """
   length = x.shape[1] if length is None else length
   whole = cut.rate == 1 and cut.phases.shape[2] == 1
-  if x.ndim == 4 and length == x.shape[1] and _in_blocks(cut, length):
+  if x.ndim == 4 and length == x.shape[1] and _in_blocks(cut):
     found = _product(x, cut)
   elif cut.way != "index" or (whole and isinstance(first, int)):
     if length < x.shape[1]:
@@ -94,8 +95,8 @@ def put_back(
   follows, where a scatter would run row by row.
   """
   batch, segments, kept, heads, *rest = rows.shape
-  if rows.ndim == 5 and not fill and _in_blocks(cut, length):
-    return _product_back(rows, cut)
+  if rows.ndim == 5 and not fill and _in_blocks(cut):
+    return _product_back(rows, cut, length)
   if cut.rate > 1:
     is_kept = _is_kept(cut).reshape(-1, cut.rate, heads)
     is_kept = is_kept.reshape(1, -1, 1, cut.rate, heads, *[1] * len(rest))
@@ -125,12 +126,17 @@ def count(cut: Cut, rows: Int[_Either, "B S"]) -> Int[Array, "B S N"]:
 
 def _segments(x, cut):
   """Returns (B, S, R, r, K, ...), zeros behind each segment and the end."""
+  x = _filled_segments(x, cut, cut.rate)
+  return x.reshape(*x.shape[:2], cut.kept, cut.rate, *x.shape[3:])
+
+
+def _filled_segments(x, cut, multiple):
+  """Returns (B, S, w, K, ...), w filled up with zeros to a whole multiple."""
   batch, length, *rest = x.shape
   segments = -(-length // cut.length)
   x = _fill(x, 1, segments * cut.length)
   x = x.reshape(batch, segments, cut.length, *rest)
-  x = _fill(x, 2, cut.kept * cut.rate)
-  return x.reshape(batch, segments, cut.kept, cut.rate, *rest)
+  return _fill(x, 2, -(-cut.length // multiple) * multiple)
 
 
 def _fill(x, axis, size):
@@ -163,46 +169,55 @@ def _masked_sum(x, cut):
   return jnp.where(is_kept, x, jnp.zeros((), x.dtype)).sum(3, dtype=x.dtype)
 
 
-def _in_blocks(cut, length):
+def _in_blocks(cut):
   """Returns whether blocks of rows may be selected by one matrix a head."""
-  divided = _BLOCK % cut.rate, cut.length % _BLOCK, length % cut.length
-  alike = cut.phases.shape[0] == 1
-  fits = alike and cut.rate > 1 and not any(divided)
-  return cut.way == "product" and fits
+  if cut.way != "product" or not 1 < cut.rate <= _BLOCK:
+    return False
+  count, rest = divmod(cut.length, _block(cut))
+  return cut.phases.shape[0] == 1 and (not rest or count >= _BLOCKS)
+
+
+def _block(cut):
+  """Returns the rows of a block, r times a power of two."""
+  return cut.rate << (_BLOCK // cut.rate).bit_length() - 1
 
 
 def _picks(cut, dtype):
   """Returns (K, G, block / r, block), 1 where a row is kept."""
-  row = np.arange(_BLOCK, dtype=np.int32)
-  first = np.arange(0, _BLOCK, cut.rate, dtype=np.int32)
+  row = np.arange(_block(cut), dtype=np.int32)
+  first = np.arange(0, _block(cut), cut.rate, dtype=np.int32)
   kept = first[None, None, :, None] + cut.phases[0][:, :, None, None]
   return (row[None, None, None] == kept).astype(dtype)
 
 
 def _product(x, cut):
   """As `_masked_sum` of all rows, (B, S, R, K, G, H)."""
-  batch, length, heads, width = x.shape
+  x = _filled_segments(x, cut, _block(cut))
+  batch, segments, _, heads, width = x.shape
   found = jnp.einsum(
     "bstkh,kgmt->bsmkgh",
-    x.reshape(batch, -1, _BLOCK, heads, width),
+    x.reshape(batch, -1, _block(cut), heads, width),
     _picks(cut, x.dtype),
     precision=lax.Precision.HIGHEST,
   )
-  shape = batch, length // cut.length, cut.kept
-  return found.reshape(*shape, *cut.phases.shape[1:], width)
+  shape = batch, segments, -1, *cut.phases.shape[1:], width
+  return found.reshape(shape)[:, :, : cut.kept]
 
 
-def _product_back(rows, cut):
-  """As `put_back` with zeros, (B, T, N, H)."""
-  batch, segments, kept, heads, width = rows.shape
+def _product_back(rows, cut, length):
+  """As `put_back` with zeros."""
+  kept = _block(cut) // cut.rate
+  rows = _fill(rows, 2, -(-cut.kept // kept) * kept)
+  batch, segments, _, heads, width = rows.shape
   picks = _picks(cut, rows.dtype)
   found = jnp.einsum(
     "bsmnh,nmt->bstnh",
-    rows.reshape(batch, -1, _BLOCK // cut.rate, heads, width),
+    rows.reshape(batch, -1, kept, heads, width),
     picks.reshape(heads, *picks.shape[2:]),
     precision=lax.Precision.HIGHEST,
   )
-  return found.reshape(batch, -1, heads, width)
+  found = found.reshape(batch, segments, -1, heads, width)[:, :, : cut.length]
+  return found.reshape(batch, -1, heads, width)[:, :length]
 
 
 def _taken(x, cut, first, length):

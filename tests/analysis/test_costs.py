@@ -159,9 +159,9 @@ def test_matrix_products_dominate_a_short_window():
 
 
 def test_what_is_computed_again_follows_remat():
-  def computed(remat):
+  def computed(remat, platform="gpu"):
     config = dataclasses.replace(_MODEL, remat=remat)
-    return costs.computed_flops(config, 256)
+    return costs.computed_flops(config, 256, platform)
 
   pairs = costs.attention_pairs(_MODEL, 256)
   width, layers = _MODEL.model_dim, _MODEL.num_layers
@@ -170,6 +170,8 @@ def test_what_is_computed_again_follows_remat():
   none = costs.train_flops(_MODEL, 256) + 2 * layers * _MODEL.head_dim * pairs
   assert computed("none") == none
   assert computed("dots") - none == 2 * 256 * layers * width * _MODEL.ffn_dim
+  values = 2 * 256 * layers * width * _MODEL.kv_heads * _MODEL.head_dim
+  assert computed("dots", "tpu") - computed("dots") == values
   whole = 2 * 256 * block + 4 * _MODEL.head_dim * pairs
   assert computed("full") - none == layers * whole
   assert computed("offload") == computed("full")

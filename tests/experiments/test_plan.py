@@ -81,7 +81,7 @@ def test_an_estimate_and_a_gpu_say_what_they_are():
   found = dataclasses.replace(FOUND, compile_seconds=None)
   text = "\n".join(command.table(found))
   assert text.startswith("fits: 3.00 GiB of 16.00 GiB")
-  assert "(products at 67% of peak, arrays" in text
+  assert "(products at 70% of peak, arrays" in text
   assert "free; by arithmetic, nothing was compiled\n" in text
   found = dataclasses.replace(FOUND, seconds=None, share_of_peak=None)
   text = "\n".join(command.table(found))

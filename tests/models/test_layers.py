@@ -182,6 +182,51 @@ def test_feed_forward_uses_the_exact_gelu_and_the_inner_norm():
 
 
 @pytest.mark.parametrize(
+  "changes",
+  [{}, {"remat": "full"}, {"ffn_chunk": 16}],
+  ids=str,
+)
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_feed_forward_layer_in_bfloat16_has_all_its_gradients(
+  platform, changes
+):
+  config = _make(model_dim=32, ffn_dim=48, dtype="bfloat16", **changes)
+  random = np.random.default_rng(0)
+  x, dy = jnp.asarray(random.normal(size=(2, 1, 64, 32)), jnp.bfloat16)
+  ffn = layers.FeedForward(config)
+  params = ffn.init(jax.random.key(0), x)["params"]
+  params = jax.tree.map(
+    lambda p: p + jnp.asarray(0.3 * random.normal(size=p.shape), p.dtype),
+    params,
+  )
+  with kernels.compiling_for(platform):
+    y, pull = jax.vjp(lambda p, x: ffn.apply({"params": p}, x), params, x)
+  wide = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+  rows, dout = (np.asarray(a[0], np.float64) for a in (x, dy))
+  fc1, fc2, norm = wide["fc1"], wide["fc2"], wide["norm"]
+  u = rows @ fc1["kernel"] + fc1["bias"]
+  below = 0.5 * np.vectorize(math.erfc)(-u / math.sqrt(2))
+  slope = below + u * np.exp(-(u**2) / 2) / math.sqrt(2 * math.pi)
+  exact, (dhidden, dscale, dshift, dfc2, dbias) = _normalized_product(
+    *(u * below, norm["scale"], norm["bias"], fc2["kernel"], fc2["bias"], dout)
+  )
+  du = dhidden * slope
+  gradients = {
+    "fc1": {"kernel": rows.T @ du, "bias": du.sum(0)},
+    "fc2": {"kernel": dfc2, "bias": dbias},
+    "norm": {"scale": dscale, "bias": dshift},
+  }
+  wanted = exact, (gradients, du @ fc1["kernel"].T)
+  found = y[0], (lambda p, x: (p, x[0]))(*pull(dy))
+
+  def compare(a, b):
+    a = np.asarray(a, np.float64)
+    np.testing.assert_allclose(a, b, atol=2**-6 * np.abs(b).max())
+
+  jax.tree.map(compare, found, wanted)
+
+
+@pytest.mark.parametrize(
   "changes, gain, alpha",
   [
     ({}, math.sqrt(math.log(6)), 1.0),
