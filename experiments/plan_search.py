@@ -1,6 +1,6 @@
 """Searches for what fits a topology best: the window, or mesh and remat."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import copy
 import typing
 
@@ -19,12 +19,17 @@ _REMAT = typing.get_args(
 )
 
 
-def longest(settings: ml_collections.ConfigDict, make) -> dict:
+def longest(
+  settings: ml_collections.ConfigDict,
+  make,
+  say: Callable[[str], None] = print,
+) -> dict:
   """Returns the record of the longest window that fits, by doubling.
 
   Args:
     settings: of the experiment; its window is where the search begins.
     make: settings -> record of a plan.
+    say: gets the line that says why there is no longer one, if not for memory.
 
   Raises RefusedError where not even one segment of the shortest branch fits.
   """
@@ -33,7 +38,11 @@ def longest(settings: ml_collections.ConfigDict, make) -> dict:
   if record["fits"]:
     while 2 * window <= _LONGEST:
       window *= 2
-      longer = make(with_window(settings, window))
+      try:
+        longer = make(with_window(settings, window))
+      except checked.RefusedError as error:
+        say(f"not {window:,}: {error}")
+        break
       if not longer["fits"]:
         break
       record = longer
@@ -69,7 +78,7 @@ def near(
     guess: settings -> record of an estimate.
   """
   try:
-    found = longest(settings, guess)
+    found = longest(settings, guess, say=lambda line: None)
   except checked.RefusedError:  # the compiler will say
     return settings
   return with_window(settings, found["window"])

@@ -55,6 +55,20 @@ def test_the_search_ends_at_the_longest_window_that_fits(start):
   assert plan_search.near(settings, refuse).data.window == start
 
 
+def test_the_search_ends_where_a_longer_window_is_refused(capsys):
+  settings = quickstart.get_config()
+  settings.model.position = "xpos"
+
+  def make(settings):
+    return {"fits": True, "window": config_lib.build(settings).data.window}
+
+  assert plan_search.near(settings, make).data.window == 2**15
+  assert not capsys.readouterr().out
+  assert plan_search.longest(settings, make)["window"] == 2**15
+  said = capsys.readouterr().out
+  assert said.startswith("not 65,536: model.position='xpos' holds up to")
+
+
 def test_what_is_printed():
   text = "\n".join(command.table(FOUND))
   for part in (
