@@ -107,7 +107,7 @@ def table(found: plan.Plan) -> list[str]:
     * bool(found.host_bytes)
   )
   model, computed = (
-    _number(flops / found.devices / 1e12)
+    plan_search.number(flops / found.devices / 1e12)
     for flops in (found.model_flops, found.computed_flops)
   )
   lines.append(f"  TFLOP a device and step: model {model}, computed {computed}")
@@ -139,7 +139,9 @@ def _verdict(found):
 
 
 def _times(found, is_estimate):
-  parts = (f"{name} {_number(1e3 * x)}" for name, x in found.seconds.items())
+  parts = (
+    f"{name} {plan_search.number(1e3 * x)}" for name, x in found.seconds.items()
+  )
   counted = "the compiler's cycles at the chip's clock"
   if is_estimate:
     counted = (
@@ -152,10 +154,6 @@ def _times(found, is_estimate):
     "ring at a time; nothing overlaps; copies to the host are not counted; "
     "nothing was run)",
   ]
-
-
-def _number(x):
-  return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def _lines(fitting):
   for settings, found in fitting:
     mesh = settings.mesh
     shape = f"{mesh.data} x {mesh.seq} x {mesh.model}"
-    step = f"{1e3 * found.seconds['step']:,.0f} ms"
+    step = f"{number(1e3 * found.seconds['step'])} ms"
     peak = gib(found.peak_bytes)
     yield f"  {shape:18}  {settings.model.remat:7}  {step:>9}  {peak:>10}"
 
@@ -162,3 +162,8 @@ def _estimates(
 def gib(size: float) -> str:
   """Returns bytes as they are printed."""
   return f"{size / 2**30:.2f} GiB"
+
+
+def number(x: float) -> str:
+  """Returns a number as it is printed, of two digits or more."""
+  return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
