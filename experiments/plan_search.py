@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import copy
+import shlex
 import typing
 
 import ml_collections
@@ -12,7 +13,13 @@ from longnet_jax.models import config as model_config
 from longnet_jax.models import sizes
 from longnet_jax.training import config as config_lib
 
-_LONGEST = 2**31  # positions are int32
+# What each search changes.
+OF_MESH = ("mesh.data", "mesh.seq", "mesh.model", "model.remat")
+OF_WINDOW = (
+  *("data.window", "model.max_positions"),
+  *("model.segment_lengths", "model.dilation_rates"),
+)
+_LONGEST = 2**30  # a power of two below 2^31: positions are int32
 _SHOWN = 5  # of the meshes that were estimated
 _REMAT = typing.get_args(
   typing.get_type_hints(model_config.LongNetConfig)["remat"]
@@ -115,7 +122,7 @@ def fastest(
   for changed, _ in fitting:
     record = make(changed)
     if record["fits"]:
-      print(f"as flags of experiments.train: {flags_of(changed)}")
+      print(f"as flags of experiments.train: {flags_of(changed, OF_MESH)}")
       return record
   raise checked.RefusedError(
     "nothing fits that does by estimate; use more devices or a shorter window"
@@ -133,11 +140,11 @@ def _lines(fitting):
     yield f"  {shape:18}  {settings.model.remat:7}  {step:>9}  {peak:>10}"
 
 
-def flags_of(settings: ml_collections.ConfigDict) -> str:
-  """Returns the flags that set what a search of meshes changes."""
-  keys = ("mesh.data", "mesh.seq", "mesh.model", "model.remat")
+def flags_of(settings: ml_collections.ConfigDict, keys: tuple[str, ...]) -> str:
+  """Returns the flags that set what a search has changed, for a shell."""
   flat = config_lib.flatten(settings.to_dict())
-  return " ".join(f"--config.{key}={flat[key]}" for key in keys)
+  pairs = ((key, str(flat[key]).replace(" ", "")) for key in keys)
+  return " ".join(f"--config.{key}={shlex.quote(x)}" for key, x in pairs)
 
 
 def _estimates(

@@ -27,8 +27,13 @@ from longnet_jax.training import run as run_lib
 # Share of the matrix units' rate that kernels are taken to reach.
 KERNEL_SHARE = 0.8
 _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"?(\d+)')
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+# "Used 20.1G of 15.7G hbm", or since it says so of temporaries alone "... HLO
+# temporaries (25.1G) exceeds available HBM (15.7G)".
+_USED = re.compile(
+  r"(?:Used |temporaries \()([\d.]+)([KMGT])\)? "
+  r"(?:of |exceeds available HBM \()([\d.]+)([KMGT])"
+)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +44,8 @@ class Plan:
     topology: what it was compiled for.
     devices: how many that are.
     fits: whether there is room.
-    peak_bytes: most memory at a time; None where a compiler refuses and does
-      not say.
+    peak_bytes: most memory at a time; of a step that is refused what the
+      compiler says of it, which may be without its arguments, or None.
     limit_bytes: memory there is.
     host_bytes: what lies in the memory of the host instead, see `remat`.
     parameter_bytes: parameters, in float32.

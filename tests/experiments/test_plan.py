@@ -69,6 +69,24 @@ def test_the_search_ends_where_a_longer_window_is_refused(capsys):
   assert said.startswith("not 65,536: model.position='xpos' holds up to")
 
 
+@pytest.mark.parametrize(
+  "message",
+  [
+    "Ran out of memory in memory space hbm. Used 25.05G of 15.75G hbm.",
+    "Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(25.05G) exceeds available HBM (15.75G).",
+  ],
+)
+def test_a_refusal_says_how_much_is_too_much(message):
+  class Lowered:
+    def compile(self):
+      raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+
+  compiled, (used, limit) = plan._compile(Lowered())
+  assert compiled is None
+  assert (used, limit) == (int(25.05 * 2**30), int(15.75 * 2**30))
+
+
 def test_what_is_printed():
   text = "\n".join(command.table(FOUND))
   for part in (
@@ -125,7 +143,7 @@ def test_the_fastest_mesh_that_fits_is_found(capsys):
   meshes = {(s.mesh.data, s.mesh.seq, s.mesh.model) for s in asked[:16]}
   assert meshes == {(1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)}
   # Sixteen were too large for the compiler; the second search has the first.
-  flags = plan_search.flags_of(asked[0])
+  flags = plan_search.flags_of(asked[0], plan_search.OF_MESH)
   assert flags.startswith("--config.mesh.data=2 --config.mesh.seq=2")
   assert flags.endswith("--config.mesh.model=1 --config.model.remat=dots")
   shown = capsys.readouterr().out
@@ -175,3 +193,8 @@ def test_a_step_is_compiled_for_a_pod():
   assert found.seconds["step"] > 0 and 0 < found.share_of_peak < 1
   kinds = {kind for kind, _, _ in found.collectives}
   assert "all-gather" in kinds and found.unknown_loops == 0
+  settings.data.window = settings.model.max_positions = 2**21
+  settings.model.position = "rope"
+  with jax.numpy_dtype_promotion("standard"):
+    refused = plan.make(config_lib.build(settings), "v5e:2x2")
+  assert not refused.fits and refused.peak_bytes > refused.limit_bytes
