@@ -75,3 +75,17 @@ def test_nan_behind_the_end_stays_there_on_tpu():
     found = run(jnp.nan)
   seen = ~np.asarray(hidden)
   np.testing.assert_allclose(found[seen], wanted[seen], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("w, r", [(2**30, 2**19), (2**28, 2**17)])
+def test_rows_of_a_billion_positions_are_counted_in_int32(w, r):
+  phases = np.array([[[0, 1, r - 1]]], np.int32)
+  cut, segments = selection.Cut(w, r, phases), 2**30 // w
+  found, real = selection.positions(cut, segments)
+  row = r * np.arange(w // r)[None, :, None] + phases[0, 0]
+  start = w * np.arange(segments)[:, None, None]
+  np.testing.assert_array_equal(found[:, :, 0], start + row)
+  assert found.dtype == np.int32 and found.max() == 2**30 - 1 and real.all()
+  ends = np.array([[w - 1, w, 2**30]], np.int32)
+  kept = -(-(np.minimum(ends, w)[..., None] - phases[0]) // r)
+  np.testing.assert_array_equal(selection.count(cut, ends), kept)
