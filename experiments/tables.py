@@ -236,6 +236,9 @@ def _plan(record):
       f"estimate: {name}": f"{1e3 * seconds[name]:,.0f} ms" if seconds else "-"
       for name in ("compiler", "kernels", "links", "step")
     },
+    "estimate: device-hours of 1,000 steps": (
+      f"{record['devices'] * seconds['step'] / 3.6:,.1f}" if seconds else "-"
+    ),
     "estimate: share of peak": (
       f"{record['share_of_peak']:.0%}" if seconds else "-"
     ),

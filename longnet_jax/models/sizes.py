@@ -3,7 +3,7 @@
 import dataclasses
 import types
 
-from longnet_jax import pattern
+from longnet_jax import checked, pattern
 from longnet_jax.models import config as config_lib
 
 
@@ -54,13 +54,13 @@ def sparse_twin(
   column = pattern.sparse_pairs(length, block, 1) - local
   columns = round((wanted - local) / column) if column else 0
   if columns > block:
-    raise ValueError(
+    raise checked.RefusedError(
       f"the branches score {wanted:,.0f} pairs a head at {length:,} positions, "
       "more than dense attention: no sparse_summary gives as many; use sparser"
       " branches"
     )
   if columns < 1:
-    raise ValueError(
+    raise checked.RefusedError(
       f"sparse_block={block} alone scores {local:,} pairs a head at {length:,} "
       f"positions, the branches {wanted:,.0f}: no sparse_summary gives as few; "
       "use a shorter sparse_block"
