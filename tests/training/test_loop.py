@@ -210,8 +210,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_settings, tmp_path):
   "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 )
 def test_a_signal_saves_and_stops(
-  straight, tiny_settings, tmp_path, monkeypatch, number
+  straight, tiny_settings, tmp_path, monkeypatch, request, number
 ):
+  # Under nohup some are ignored, and then stay so.
+  inherited = signal.signal(number, signal.SIG_DFL)
+  request.addfinalizer(lambda: signal.signal(number, inherited))
   _, result, _ = straight
   hold = report.Report.hold
 
