@@ -43,19 +43,31 @@ def kept(model, rows: rows_lib.Rows, platform: str) -> int:
   """Returns the bytes a row that a block keeps until its backward pass.
 
   In bfloat16 "dots" keeps what the two LayerNorms of the stream made, in the
-  place of what entered and of the projection: as many bytes. A TPU keeps the
-  update of the feed-forward layer, and not the values.
+  place of what entered and of the projection: as many bytes. A TPU does not
+  keep the values, but the update of the feed-forward layer (`keeps_update`).
   """
   entered = rows.width * rows.itemsize
   dots = entered + _named(model, rows)
   if platform == "tpu":
-    dots += (rows.width - rows.keys) * rows.itemsize
+    update = rows.width * keeps_update(model, rows, platform)
+    dots += (update - rows.keys) * rows.itemsize
   return {
     "none": _everything(model, rows),
     "dots": dots,
     "full": entered,
     "offload": 0,
   }[model.remat]
+
+
+def keeps_update(model, rows: rows_lib.Rows, platform: str) -> bool:
+  """Returns whether "dots" keeps what a feed-forward layer adds."""
+  is_half = rows.itemsize < WIDE
+  return (
+    platform == "tpu"
+    and is_half
+    and model.sub_layernorm
+    and not model.ffn_chunk
+  )
 
 
 def _named(model, rows):

@@ -74,8 +74,10 @@ def _made(model, rows, platform):
   again = 0
   if model.remat == "dots":
     again = rows.hidden
-    if platform == "tpu":  # one pass less: the product ends with the LayerNorm
-      again += rows.keys - rows.hidden
+    if platform == "tpu":
+      again += rows.keys
+    # One pass less: the product before it ends with the LayerNorm.
+    again -= rows.hidden * memory.keeps_update(model, rows, platform)
   elif rows.again:
     again = attention + feed_forward
   if rows.itemsize == WIDE:  # else linear maps take over the norms

@@ -120,7 +120,10 @@ def _standardized_product(x, kernel, epsilon):
 
 @_standardized_product.defjvp
 def _standardized_product_jvp(epsilon, primals, tangents):
-  """Returns y and dy = ((dx - mean(dx)) W - mean(rows dx) y) / deviation."""
+  """Returns y and dy, of which dW has the part rows dW, and dx
+
+  ((dx - mean(dx)) W - mean(rows dx) y) / deviation.
+  """
   (x, kernel), (dx, dkernel) = primals, tangents
   rows, inverse = _standardize(x, (-1,), epsilon)
   y = _kept(_product(rows, kernel, 1))
