@@ -62,10 +62,7 @@ def main(_) -> None:
     found = plan_search.longest(plan_search.near(settings, quiet), make)
     changed = plan_search.with_window(settings, found["window"])
     print(f"the longest window that fits: {found['window']:,}")
-    print(
-      f"as flags of experiments.train: "
-      f"{plan_search.flags_of(changed, plan_search.OF_WINDOW)}"
-    )
+    print(plan_search.as_flags(changed, plan_search.OF_WINDOW))
   else:
     found = make(settings)
   if _JSON.value:

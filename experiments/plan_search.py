@@ -122,7 +122,7 @@ def fastest(
   for changed, _ in fitting:
     record = make(changed)
     if record["fits"]:
-      print(f"as flags of experiments.train: {flags_of(changed, OF_MESH)}")
+      print(as_flags(changed, OF_MESH))
       return record
   raise checked.RefusedError(
     "nothing fits that does by estimate; use more devices or a shorter window"
@@ -140,11 +140,12 @@ def _lines(fitting):
     yield f"  {shape:18}  {settings.model.remat:7}  {step:>9}  {peak:>10}"
 
 
-def flags_of(settings: ml_collections.ConfigDict, keys: tuple[str, ...]) -> str:
-  """Returns the flags that set what a search has changed, for a shell."""
+def as_flags(settings: ml_collections.ConfigDict, keys: tuple[str, ...]) -> str:
+  """Returns the line of flags that set what a search has changed."""
   flat = config_lib.flatten(settings.to_dict())
   pairs = ((key, str(flat[key]).replace(" ", "")) for key in keys)
-  return " ".join(f"--config.{key}={shlex.quote(x)}" for key, x in pairs)
+  flags = " ".join(f"--config.{key}={shlex.quote(x)}" for key, x in pairs)
+  return f"as flags of experiments.train: {flags}"
 
 
 def _estimates(

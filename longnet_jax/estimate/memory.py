@@ -49,8 +49,9 @@ def kept(model, rows: rows_lib.Rows, platform: str) -> int:
   entered = rows.width * rows.itemsize
   dots = entered + _named(model, rows)
   if platform == "tpu":
-    update = rows.width * keeps_update(model, rows, platform)
-    dots += (update - rows.keys) * rows.itemsize
+    dots -= rows.keys * rows.itemsize
+  if keeps_update(model, rows, platform):
+    dots += rows.width * rows.itemsize
   return {
     "none": _everything(model, rows),
     "dots": dots,
@@ -61,13 +62,8 @@ def kept(model, rows: rows_lib.Rows, platform: str) -> int:
 
 def keeps_update(model, rows: rows_lib.Rows, platform: str) -> bool:
   """Returns whether "dots" keeps what a feed-forward layer adds."""
-  is_half = rows.itemsize < WIDE
-  return (
-    platform == "tpu"
-    and is_half
-    and model.sub_layernorm
-    and not model.ffn_chunk
-  )
+  on_tpu = platform == "tpu" and rows.itemsize < WIDE
+  return on_tpu and model.sub_layernorm and not model.ffn_chunk
 
 
 def _named(model, rows):

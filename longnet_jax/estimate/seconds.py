@@ -19,7 +19,7 @@ VISITS = 3.2
 _COPIES = 2
 # How wide a tile is on TPU.
 _LANES = 128
-# What filling up segments and cutting them again costs in visits.
+# How often filling up segments and cutting them again moves their rows.
 _FILLINGS = 13
 
 
@@ -93,8 +93,8 @@ def _selected(rows, platform, head_dim):
 
   A GPU reads what is kept, and puts back by writing all rows. On TPU a branch
   reads the rows of its parent (`ops/near.py`) and writes its own, or the other
-  way round. Segments that are no whole number of blocks of rows are filled up
-  and cut again, in tiles that they do not fill.
+  way round. At a rate by which blocks or segments do not divide, segments are
+  filled up and cut again, in tiles that they do not fill.
   """
   taken = (1 + rows.again) * (rows.queries + 2 * rows.keys)
   taken += 3 * rows.queries + 2 * rows.keys

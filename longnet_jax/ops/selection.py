@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 import numpy as np
 
 _BLOCK = 128  # the most rows among which one matrix selects
-_BLOCKS = 8  # of a segment that is filled up to whole ones, at least
+_BLOCKS = 8  # the fewest of a segment that is filled up to whole blocks
 _Either = Array | np.ndarray  # NumPy where known before tracing
 
 
@@ -31,7 +31,7 @@ class Cut(NamedTuple):
   way: "index" takes only what is kept. "sum" and "product" pass over all rows
     without an index, as suits TPUs: a masked sum over each r, or where it can
     the product of a block of rows with zeros and ones, which is exact, and
-    faster; but if one of them is NaN all are.
+    faster; but if one of them is not finite all are NaN.
   """
 
   length: int
@@ -178,7 +178,7 @@ def _in_blocks(cut):
 
 
 def _block(cut):
-  """Returns the rows of a block, r times a power of two."""
+  """Returns the rows of a block: r times a power of two, at most `_BLOCK`."""
   return cut.rate << (_BLOCK // cut.rate).bit_length() - 1
 
 

@@ -17,9 +17,9 @@ from longnet_jax.training import loss as loss_lib
 from longnet_jax.training import state as state_lib
 
 # A layer's matrices are small beside its activations: gather them whole, and do
-# not multiply share by share, which reads and writes all rows for each. And
-# before a product, not while the one before it runs: what is gathered so comes
-# to lie in HBM, where the product waits for it longer than the gathering took.
+# not multiply share by share, which reads and writes all rows for each. Nor
+# gather while the product before runs: the matrix would then lie in HBM, and
+# its own product would take longer by more than the gathering does.
 _TPU_OPTIONS = {
   "xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20,
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",

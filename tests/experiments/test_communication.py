@@ -59,7 +59,7 @@ def test_a_program_may_be_made_for_another_platform():
     on_tpu = program()
   assert kernels.platform() == here == jax.default_backend()
   on_cpu = program()
-  # Rows are selected by sums there, and products take bfloat16.
+  # Rows are selected without an index there, and products take bfloat16.
   assert "gather" in on_cpu and "gather" not in on_tpu
   scaled = r":bf16\S* = mul "
   assert re.search(scaled, on_tpu) and not re.search(scaled, on_cpu)

@@ -98,7 +98,7 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = {
   "reference": Implementation("reference"),
   "xla": Implementation("xla"),
-  # Selection by sums, trees of branches.
+  # Selection by products and sums, trees of branches.
   "xla on tpu": Implementation(
     "xla", functools.partial(kernels.compiling_for, "tpu")
   ),

@@ -1,3 +1,5 @@
+"""What only a TPU's compiler is told."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -127,7 +127,7 @@ def test_equals_one_device(case, is_causal, devices):
 
 @pytest.mark.parametrize("case, is_causal, devices", TREES)
 def test_branches_are_a_tree_over_devices_too(case, is_causal, devices):
-  """As on TPU: rows are selected from those of a branch before, by sums."""
+  """As on TPU: rows are selected from those of a branch before."""
   attend = functools.partial(
     longnet_jax.sequence_parallel_attention,
     mesh=mesh_lib.make_mesh(seq=devices),
