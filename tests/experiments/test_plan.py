@@ -194,7 +194,7 @@ def test_a_step_is_compiled_for_a_pod():
   assert found.seconds["step"] > 0 and 0 < found.share_of_peak < 1
   kinds = {kind for kind, _, _ in found.collectives}
   assert "all-gather" in kinds and found.unknown_loops == 0
-  settings.data.window = settings.model.max_positions = 2**21
+  settings.data.window = settings.model.max_positions = 2**22
   settings.model.position = "rope"
   with jax.numpy_dtype_promotion("standard"):
     refused = plan.make(config_lib.build(settings), "v5e:2x2")
